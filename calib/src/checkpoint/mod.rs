@@ -1,0 +1,1 @@
+//! Headers, index and tensors by name.

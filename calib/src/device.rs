@@ -1,0 +1,1 @@
+//! Which backend a run uses.

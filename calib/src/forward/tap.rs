@@ -1,0 +1,102 @@
+//! What the forward pass shows to whoever measures it.
+
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::Result;
+use crate::arch::Site;
+
+/// Which rows of the samples an expert was given, and with what weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Routed {
+    /// Rows over all samples, rising: `sample · tokens + position`. `[rows]`.
+    pub tokens: Vec<u32>,
+    /// The final routing weight that multiplies the expert's output. `[rows]`.
+    pub weights: Vec<f32>,
+}
+
+/// The router's doings on one batch of rows. The three quantities that methods tell apart are kept apart.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Routing {
+    /// First row of this batch over all samples.
+    pub first: usize,
+    /// Rows of this batch.
+    pub rows: usize,
+    /// Routed experts.
+    pub experts: usize,
+    /// Experts a token.
+    pub top_k: usize,
+    /// Raw logits, `[rows, experts]`.
+    pub logits: Vec<f32>,
+    /// Scores before the choice (softmax over all experts or sigmoid, no bias), `[rows, experts]`.
+    pub scores: Vec<f32>,
+    /// Chosen experts, best first, `[rows, top_k]`.
+    pub chosen: Vec<u32>,
+    /// Final routing weights after renormalization and scaling, `[rows, top_k]`.
+    pub weights: Vec<f32>,
+}
+
+/// Receives what passes through one decoder layer. Every method has an empty default.
+///
+/// Rows of one site arrive in chunks, in rising order of token; `done` follows the last chunk. Different sites may be
+/// served from different threads; one site is always served from one thread at a time.
+pub trait Tap<B: Backend>: Sync {
+    /// Whether the rows of this site are wanted (converting and gathering them is not free).
+    fn wants(&self, _layer: usize, _site: Site) -> bool {
+        false
+    }
+
+    /// A chunk of rows `[rows, width]` enters a site. `routed` stands at expert sites and is aligned with the rows.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the receiver finds wrong; the pass stops with it.
+    fn rows(&self, _layer: usize, _site: Site, _rows: &Tensor<B, 2>, _routed: Option<&Routed>) -> Result<()> {
+        Ok(())
+    }
+
+    /// All rows of this site have been seen. Called for every site that is wanted, also where no row came.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tap::rows`].
+    fn done(&self, _layer: usize, _site: Site) -> Result<()> {
+        Ok(())
+    }
+
+    /// The router has chosen for one batch.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tap::rows`].
+    fn routing(&self, _layer: usize, _routing: &Routing) -> Result<()> {
+        Ok(())
+    }
+
+    /// Output of one routed expert before its routing weight, `[rows, hidden]`, a chunk at a time.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tap::rows`].
+    fn expert_output(&self, _layer: usize, _expert: usize, _out: &Tensor<B, 2>, _routed: &Routed) -> Result<()> {
+        Ok(())
+    }
+
+    /// A whole block's tensor of one batch, `[rows, hidden]`, by name: `attn` (attention's output before the residual sum),
+    /// `moe.in`, `moe.routed_out`, `moe.out`, `hidden` (the layer's output).
+    ///
+    /// # Errors
+    ///
+    /// As [`Tap::rows`].
+    fn block(&self, _layer: usize, _name: &'static str, _batch: usize, _x: &Tensor<B, 2>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Whether [`Tap::block`] is wanted.
+    fn wants_blocks(&self) -> bool {
+        false
+    }
+}
+
+/// Looks at nothing.
+pub struct NoTap;
+impl<B: Backend> Tap<B> for NoTap {}

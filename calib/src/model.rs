@@ -1,0 +1,4 @@
+//! A checkpoint seen through its family.
+
+/// placeholder
+pub struct Model;
