@@ -11,5 +11,6 @@ pub mod export;
 pub mod plan;
 pub mod quantize;
 pub mod recipe;
+pub mod report;
 
 pub use error::{Error, Result};
