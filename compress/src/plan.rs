@@ -2,12 +2,19 @@
 //!
 //! `plan.json` holds no time stamp and no absolute path, and its keys are sorted: the same inputs give the same bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use calib::arch::{Part, Role, Site};
 use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
+use crate::allocate::{Allocate, Glob};
 use crate::quantize::{Grid, Quantizer};
+use crate::recipe::Recipe;
+use crate::{Error, Result};
+
+/// The version of [`Plan::schema`] that this program writes.
+pub const SCHEMA: u32 = 1;
 
 /// What becomes of one checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -72,6 +79,282 @@ pub enum Solver {
     },
 }
 
+/// A checkpoint as far as a plan depends on it: its tensors, without their data.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape {
+    /// The checkpoint's fingerprint.
+    pub fingerprint: String,
+    /// Every tensor, FP8 companions folded away, by name.
+    pub tensors: Vec<Tensor>,
+}
+
+/// One tensor of a [`Shape`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// Its name in the checkpoint.
+    pub name: String,
+    /// Its dimensions; a Linear matrix is `[out, in]`.
+    pub shape: Vec<usize>,
+    /// What it is to the model.
+    pub role: Role,
+    /// The type that scales are stored in if it is quantized: the model's own 16-bit type.
+    pub scale: ScaleType,
+    /// Bytes that it takes in the checkpoint, FP8 scales included.
+    pub bytes: u64,
+}
+
+impl Tensor {
+    /// Inputs of a matrix that a quantizer may change, with its layer and part.
+    pub fn quantizable(&self) -> Option<(usize, Part, usize)> {
+        match (self.role, self.shape.as_slice()) {
+            (Role::Layer(layer, part), &[_, inputs]) if self.role.is_quantizable() => Some((layer, part, inputs)),
+            _ => None,
+        }
+    }
+}
+
+/// What the calibration pass saw, as far as a plan depends on it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Measured {
+    /// Hash of the samples.
+    pub corpus: String,
+    /// What entered each site of each layer.
+    pub sites: BTreeMap<(usize, Site), Seen>,
+}
+
+/// What entered one site.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Rows (tokens).
+    pub rows: u64,
+    /// Input channels that were zero in every row.
+    pub dead: usize,
+}
+
+/// Decides what becomes of every tensor. Pure: the same inputs give the same plan.
+///
+/// With `measured`, an expert that no token reached is rounded to nearest and dead channels are counted. Without it (a solver
+/// that needs no calibration, or a checkpoint without data) every matrix goes to the solver.
+///
+/// # Errors
+///
+/// [`Error::BudgetNotBuilt`] for a budget other than `bits`.
+pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Result<Plan> {
+    let quantizer = recipe.quantize.clone();
+    let width = match (&quantizer, &recipe.allocate) {
+        (Some(quantizer), Some(allocate)) => Some(Width::of(quantizer, allocate)?),
+        _ => None,
+    };
+    let action = |tensor: &Tensor| match (tensor.role, &width, tensor.quantizable()) {
+        (Role::Buffer, ..) => Action::Drop { reason: "a buffer that loaders compute themselves".into() },
+        (_, Some(width), Some((layer, part, _))) if !width.excludes(&tensor.name) => {
+            Action::Quantize(width.quantize(tensor, layer, part, measured))
+        }
+        _ => Action::Keep,
+    };
+    Ok(Plan {
+        schema: SCHEMA,
+        model: shape.fingerprint.clone(),
+        corpus: measured.map(|m| m.corpus.clone()),
+        tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
+        quantizer,
+    })
+}
+
+/// The one width of a uniform plan.
+struct Width {
+    bits: u8,
+    group: Group,
+    exclude: Vec<Glob>,
+    calibrated: bool,
+}
+
+impl Width {
+    fn of(quantizer: &Quantizer, allocate: &Allocate) -> Result<Self> {
+        let budget = || Error::BudgetNotBuilt { budget: allocate.budgets().first().copied().unwrap_or("bits") };
+        Ok(Self {
+            bits: allocate.bits.ok_or_else(budget)?,
+            group: allocate.group.0,
+            exclude: allocate.globs(),
+            calibrated: quantizer.needs_calibration(),
+        })
+    }
+
+    fn excludes(&self, name: &str) -> bool {
+        self.exclude.iter().any(|glob| glob.matches(name))
+    }
+
+    fn quantize(&self, tensor: &Tensor, layer: usize, part: Part, measured: Option<&Measured>) -> Quantize {
+        let seen = measured
+            .filter(|_| self.calibrated)
+            .map(|m| part.site().and_then(|site| m.sites.get(&(layer, site)).copied()).unwrap_or_default());
+        let solver = match (seen, part) {
+            (Some(Seen { rows: 0, .. }), Part::Expert(expert, _)) => {
+                Solver::Rounded { reason: format!("no calibration token reached expert {expert} of layer {layer}") }
+            }
+            (Some(Seen { rows: 0, .. }), _) => Solver::Rounded { reason: "no calibration token reached it".into() },
+            _ => Solver::Planned,
+        };
+        let dead_channels = seen.filter(|seen| seen.rows > 0).map_or(0, |seen| seen.dead);
+        Quantize { bits: self.bits, group: self.group, grid: Grid::Sym, scale: tensor.scale, solver, dead_channels }
+    }
+}
+
+/// A plan in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Summary {
+    /// Matrices that are quantized.
+    pub matrices: usize,
+    /// Weights in them.
+    pub weights: u64,
+    /// Bytes that they take in the checkpoint.
+    pub bytes_before: u64,
+    /// Bytes of their codes and scales.
+    pub bytes_after: u64,
+    /// Bytes of everything else that is carried over.
+    pub bytes_kept: u64,
+    /// Matrices that `exclude` names.
+    pub excluded: usize,
+    /// Tensors left out.
+    pub dropped: usize,
+    /// Experts that are rounded to nearest because no token reached them.
+    pub rounded_experts: usize,
+    /// Input channels that no token excited, each counted once for all matrices that it enters.
+    pub dead_channels: usize,
+}
+
+impl Summary {
+    /// Stored bits a quantized weight, scales counted; `None` where nothing is quantized.
+    pub fn bits_per_weight(&self) -> Option<f64> {
+        (self.weights > 0).then(|| self.bytes_after as f64 * 8.0 / self.weights as f64)
+    }
+}
+
+impl Plan {
+    /// The plan in numbers.
+    pub fn summary(&self, shape: &Shape) -> Summary {
+        let mut sum = Summary::default();
+        let (mut rounded, mut dead) = (BTreeSet::new(), BTreeMap::new());
+        for tensor in &shape.tensors {
+            match self.tensors.get(&tensor.name) {
+                Some(Action::Quantize(q)) => {
+                    sum.matrices += 1;
+                    sum.weights += tensor.shape.iter().product::<usize>() as u64;
+                    sum.bytes_before += tensor.bytes;
+                    sum.bytes_after += q.bytes(&tensor.shape);
+                    let Role::Layer(layer, part) = tensor.role else { continue };
+                    if let (Solver::Rounded { .. }, Part::Expert(expert, _)) = (&q.solver, part) {
+                        rounded.insert((layer, expert));
+                    }
+                    dead.insert((layer, part.site()), q.dead_channels);
+                }
+                Some(Action::Drop { .. }) => sum.dropped += 1,
+                _ => {
+                    sum.excluded += usize::from(tensor.role.is_quantizable());
+                    sum.bytes_kept += tensor.bytes;
+                }
+            }
+        }
+        sum.rounded_experts = rounded.len();
+        sum.dead_channels = dead.values().sum();
+        sum
+    }
+}
+
+impl Quantize {
+    /// Bytes of the packed codes (a row is a whole number of 32-bit words) and scales of a matrix `[out, in]`.
+    pub fn bytes(&self, shape: &[usize]) -> u64 {
+        let &[outputs, inputs] = shape else { return 0 };
+        let words = (inputs * usize::from(self.bits)).div_ceil(32);
+        let scale = match self.scale {
+            ScaleType::Bf16 | ScaleType::F16 => 2,
+            ScaleType::F32 => 4,
+        };
+        (outputs * (words * 4 + inputs.div_ceil(self.group.len(inputs)) * scale)) as u64
+    }
+}
+
 fn is_zero(n: &usize) -> bool {
     *n == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use calib::arch::Projection;
+
+    fn recipe(quantizer: &str, exclude: &str) -> Recipe {
+        let text = format!("schema = 1\n[quantize.{quantizer}]\n[allocate]\nbits = 4\ngroup = 32\nexclude = [{exclude}]\n");
+        toml::from_str(&text).unwrap()
+    }
+
+    fn tensor(name: &str, role: Role, shape: &[usize]) -> Tensor {
+        let bytes = 2 * shape.iter().product::<usize>() as u64;
+        Tensor { name: name.into(), shape: shape.into(), role, scale: ScaleType::Bf16, bytes }
+    }
+
+    fn shape() -> Shape {
+        let expert = |e, p| Role::Layer(0, Part::Expert(e, p));
+        let tensors = vec![
+            tensor("a.router.weight", Role::Layer(0, Part::Router), &[2, 64]),
+            tensor("b.0.up.weight", expert(0, Projection::Up), &[32, 64]),
+            tensor("b.0.gate.weight", expert(0, Projection::Gate), &[32, 64]),
+            tensor("b.1.up.weight", expert(1, Projection::Up), &[32, 64]),
+            tensor("c.inv_freq", Role::Buffer, &[8]),
+            tensor("d.q.weight", Role::Layer(0, Part::Query), &[64, 64]),
+        ];
+        Shape { fingerprint: "f".into(), tensors }
+    }
+
+    fn measured() -> Measured {
+        let sites = [
+            ((0, Site::ExpertIn(0)), Seen { rows: 9, dead: 3 }),
+            ((0, Site::ExpertIn(1)), Seen { rows: 0, dead: 64 }),
+            ((0, Site::AttentionIn), Seen { rows: 20, dead: 0 }),
+        ];
+        Measured { corpus: "c".into(), sites: sites.into() }
+    }
+
+    #[test]
+    fn every_tensor_has_an_action() {
+        let plan = make(&recipe("gptq", "'d.*'"), &shape(), Some(&measured())).unwrap();
+        let of = |name: &str| &plan.tensors[name];
+        assert_eq!(plan.tensors.len(), 6);
+        assert_eq!(*of("a.router.weight"), Action::Keep);
+        assert_eq!(*of("d.q.weight"), Action::Keep);
+        assert!(matches!(of("c.inv_freq"), Action::Drop { .. }));
+        let Action::Quantize(q) = of("b.0.up.weight") else { panic!() };
+        assert_eq!((q.bits, q.group, q.dead_channels, &q.solver), (4, Group::Size(32), 3, &Solver::Planned));
+        let Action::Quantize(q) = of("b.1.up.weight") else { panic!() };
+        let reason = "no calibration token reached expert 1 of layer 0".to_owned();
+        assert_eq!((&q.solver, q.dead_channels), (&Solver::Rounded { reason }, 0));
+        assert_eq!((plan.model.as_str(), plan.corpus.as_deref()), ("f", Some("c")));
+    }
+
+    #[test]
+    fn rounding_to_nearest_needs_no_tokens() {
+        let plan = make(&recipe("rtn", ""), &shape(), Some(&measured())).unwrap();
+        let planned = plan.tensors.values().filter(|a| matches!(a, Action::Quantize(q) if q.solver == Solver::Planned && q.dead_channels == 0));
+        assert_eq!(planned.count(), 4);
+    }
+
+    #[test]
+    fn the_summary_counts_bytes_experts_and_channels_once() {
+        let plan = make(&recipe("gptq", ""), &shape(), Some(&measured())).unwrap();
+        let sum = plan.summary(&shape());
+        // Rows of 64 codes of 4 bits are 8 words, and two scales of 2 bytes: 36 bytes; 32 + 32 + 32 + 64 rows.
+        assert_eq!((sum.matrices, sum.bytes_after), (4, 36 * 160));
+        assert_eq!(sum.bits_per_weight(), Some(4.5));
+        // The router, 2 · 64 bf16.
+        assert_eq!((sum.bytes_kept, sum.dropped, sum.excluded), (256, 1, 0));
+        // Gate and up of expert 0 share their three dead inputs.
+        assert_eq!((sum.rounded_experts, sum.dead_channels), (1, 3));
+    }
+
+    #[test]
+    fn a_plan_reads_back_as_written() {
+        let plan = make(&recipe("gptq", ""), &shape(), Some(&measured())).unwrap();
+        let text = serde_json::to_string_pretty(&plan).unwrap();
+        assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    }
 }

@@ -24,7 +24,7 @@ pub fn claim(out: &Path) -> Result<()> {
     }
     match fs_err::read_dir(out)?.next() {
         None => Ok(()),
-        Some(entry) => Err(Error::NotOurs { dir: out.to_owned(), entry: entry?.file_name() }),
+        Some(entry) => Err(Error::NotOurs { dir: out.to_owned(), entry: entry?.file_name().into() }),
     }
 }
 
