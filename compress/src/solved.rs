@@ -9,9 +9,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use calib::checkpoint::hash_bytes;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::plan::{Action, Plan, Quantize};
 use crate::quantize::Grid;
@@ -74,7 +74,7 @@ struct Manifest {
 /// None in practice: a plan is plain data.
 pub fn plan_hash(plan: &Plan) -> Result<String> {
     let json = serde_json::to_vec(plan).map_err(|source| Error::Json { path: "plan.json".into(), source })?;
-    Ok(Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hash_bytes(&json))
 }
 
 /// The folder of solved layers: one plan's, finished or not.
