@@ -15,5 +15,6 @@ pub mod quantize;
 pub mod recipe;
 pub mod solved;
 pub mod tensorfile;
+pub mod report;
 
 pub use error::{Error, Result};

@@ -1,9 +1,12 @@
-//! How many bits each matrix gets.
+//! Which width every matrix gets: sensitivity × options → losses, a program over them, what a runtime can load.
 //!
-//! For now one width for all ([`Budget::Bits`]); a recipe may already name the other budgets, and is told that they cannot be
-//! solved yet.
+//! A plan still gives one width to all ([`Allocate::bits`]): a recipe may already name the other budgets, and is told that they
+//! cannot be solved yet.
 
 mod glob;
+pub mod hull;
+pub mod pmq;
+pub mod program;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
