@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::{Action, Plan, Quantize};
 use crate::quantize::Grid;
-use crate::tensorfile::{Create, Declared, Element, Open, write_whole};
+use crate::tensorfile::{Create, Declared, Element, Open, little_endian, scale_bytes, write_whole};
 use crate::{Error, Result};
 
 /// Version of the files' form.
@@ -218,15 +218,6 @@ fn scale_element(scale: ScaleType) -> Element {
     }
 }
 
-/// The bytes of scales in their stored type.
-pub fn scale_bytes(scales: &[f32], stored: ScaleType) -> Vec<u8> {
-    match stored {
-        ScaleType::Bf16 => scales.iter().flat_map(|&s| half::bf16::from_f32(s).to_le_bytes()).collect(),
-        ScaleType::F16 => scales.iter().flat_map(|&s| half::f16::from_f32(s).to_le_bytes()).collect(),
-        ScaleType::F32 => scales.iter().flat_map(|s| s.to_le_bytes()).collect(),
-    }
-}
-
 fn scales_of(bytes: &[u8], stored: ScaleType) -> Vec<f32> {
     match stored {
         ScaleType::Bf16 => bytes.as_chunks().0.iter().map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect(),
@@ -272,14 +263,6 @@ impl LayerFile {
     pub fn finish(self) -> Result<()> {
         self.0.finish()
     }
-}
-
-/// Words as the bytes that stand in files.
-pub fn little_endian(words: Vec<u32>) -> Vec<u8> {
-    if cfg!(target_endian = "little") {
-        return bytemuck::cast_slice(&words).to_vec();
-    }
-    words.into_iter().flat_map(u32::to_le_bytes).collect()
 }
 
 /// The file of a layer that is done.

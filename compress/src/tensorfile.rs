@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use fs_err::File;
+use kernels::ScaleType;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -268,6 +269,23 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     drop(file);
     fs_err::rename(&temporary, path)?;
     sync_folder(path)
+}
+
+/// Values as bytes of a stored type, rounded to nearest.
+pub fn scale_bytes(values: &[f32], stored: ScaleType) -> Vec<u8> {
+    match stored {
+        ScaleType::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+        ScaleType::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+        ScaleType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    }
+}
+
+/// Words as the bytes that stand in files.
+pub fn little_endian(words: Vec<u32>) -> Vec<u8> {
+    if cfg!(target_endian = "little") {
+        return bytemuck::cast_slice(&words).to_vec();
+    }
+    words.into_iter().flat_map(u32::to_le_bytes).collect()
 }
 
 #[cfg(test)]

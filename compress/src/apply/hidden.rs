@@ -4,8 +4,8 @@ use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use kernels::ScaleType;
 
-use crate::solved::{Solved, scale_bytes};
-use crate::tensorfile::{Create, Declared, Element};
+use crate::solved::Solved;
+use crate::tensorfile::{Create, Declared, Element, scale_bytes};
 use crate::{Error, Result};
 
 /// The hidden states that enter a layer, written whole; 4 bytes a value.

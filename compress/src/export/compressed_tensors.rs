@@ -17,7 +17,7 @@ use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use serde_json::{Value, json};
 
 use super::{CompressedTensors, Contents, Form, Format, Part, Scheme, Tensor, Zero, config, targets};
-use crate::solved::{little_endian, scale_bytes};
+use crate::tensorfile::{little_endian, scale_bytes};
 use crate::{Error, Result};
 
 /// The version whose packing is written.

@@ -7,7 +7,7 @@ use calib::tensor::Dtype;
 use kernels::{QuantizedMatrix, ScaleType};
 
 use super::{Contents, Dense, Format, Part, Scheme, Tensor, config};
-use crate::solved::scale_bytes;
+use crate::tensorfile::scale_bytes;
 use crate::{Error, Result};
 
 impl Format for Dense {
