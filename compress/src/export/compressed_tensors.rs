@@ -16,7 +16,7 @@ use calib::tensor::Dtype;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use serde_json::{Value, json};
 
-use super::{CompressedTensors, Contents, Form, Format, Part, Scheme, Tensor, Zero, config, targets};
+use super::{CompressedTensors, Contents, Form, Format, Part, Scheme, Tensor, Zero, config, notes, targets};
 use crate::tensorfile::{little_endian, scale_bytes};
 use crate::{Error, Result};
 
@@ -30,6 +30,10 @@ impl Format for CompressedTensors {
 
     fn refusals(&self, tensors: &[Tensor]) -> Vec<String> {
         tensors.iter().filter_map(|tensor| refusal(tensor, tensor.scheme()?)).collect()
+    }
+
+    fn notes(&self, tensors: &[Tensor]) -> Vec<String> {
+        notes::of(tensors)
     }
 
     fn declare(&self, tensor: &Tensor, scheme: Scheme) -> Result<Vec<Declared>> {
@@ -90,18 +94,12 @@ fn refusal(tensor: &Tensor, scheme: Scheme) -> Option<String> {
     if !(2..=8).contains(&scheme.bits) {
         return Some(format!("{name}: compressed-tensors holds 2 to 8 bits, not {}", scheme.bits));
     }
-    let Ok([outputs, inputs]) = tensor.matrix_shape() else {
+    let Ok([_, inputs]) = tensor.matrix_shape() else {
         return Some(format!("{name}: compressed-tensors packs matrices, and this has shape {:?}; exclude it", tensor.shape));
     };
     let group = scheme.group.len(inputs);
     if group == 0 || inputs % group != 0 {
         return Some(format!("{name}: groups of {group} do not divide its {inputs} inputs; exclude it or choose another group"));
-    }
-    if inputs % 32 != 0 {
-        return Some(format!("{name}: compressed-tensors packs words of 32 codes, and {inputs} inputs are no multiple of 32; exclude it"));
-    }
-    if scheme.zero == Zero::Integer && outputs % 32 != 0 {
-        return Some(format!("{name}: zero points are packed by 32 outputs, and {outputs} is no multiple; exclude it or use the grid `sym`"));
     }
     None
 }
@@ -135,7 +133,7 @@ pub fn quantization_config(tensors: &[Tensor]) -> Value {
 }
 
 /// Whether this is a routed expert's tensor, by the word that transformers looks for.
-fn is_routed(tensor: &Tensor) -> bool {
+pub(super) fn is_routed(tensor: &Tensor) -> bool {
     tensor.name.contains(".experts.")
 }
 

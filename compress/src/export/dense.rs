@@ -19,6 +19,10 @@ impl Format for Dense {
         Vec::new()
     }
 
+    fn notes(&self, _: &[Tensor]) -> Vec<String> {
+        Vec::new()
+    }
+
     fn declare(&self, tensor: &Tensor, _: Scheme) -> Result<Vec<Declared>> {
         Ok(vec![Declared { name: tensor.name.clone(), dtype: Dtype::Bf16, shape: tensor.shape.clone() }])
     }

@@ -10,6 +10,7 @@
 pub mod compressed_tensors;
 pub mod config;
 pub mod dense;
+mod notes;
 mod place;
 pub mod targets;
 pub mod validate;
@@ -175,6 +176,9 @@ pub trait Format: Sync {
     /// Everything in these contents that the format cannot hold, by name; empty if it can hold all of it.
     fn refusals(&self, tensors: &[Tensor]) -> Vec<String>;
 
+    /// Which runtimes will not load the output, or load it wrongly, and why.
+    fn notes(&self, tensors: &[Tensor]) -> Vec<String>;
+
     /// The tensors that one quantized matrix becomes.
     ///
     /// # Errors
@@ -210,6 +214,8 @@ pub struct Written {
     pub kept: usize,
     /// Matrices quantized.
     pub quantized: usize,
+    /// Which runtimes will not load it, and why.
+    pub notes: Vec<String>,
 }
 
 /// Everything in `tensors` that a format of `exports` cannot hold, by name: what can be known before any work is done.
@@ -242,7 +248,8 @@ pub fn write(contents: &Contents<'_>, exports: &Exports, out: &Path, progress: &
         validate::check(contents, format, &stage)?;
         let dir = if index == 0 { place::at_top(&stage, out)? } else { place::beside(&stage, &out.join(format.name()))? };
         let quantized = contents.tensors.iter().filter(|t| t.scheme().is_some()).count();
-        written.push(Written { format: format.name(), dir, bytes, kept: contents.tensors.len() - quantized, quantized });
+        let (kept, notes) = (contents.tensors.len() - quantized, format.notes(&contents.tensors));
+        written.push(Written { format: format.name(), dir, bytes, kept, quantized, notes });
     }
     Ok(written)
 }
