@@ -314,6 +314,24 @@ pub enum Error {
     // ---- pass, stats, evaluate ----
 
     // ---- linalg ----
+    /// A symmetric matrix was asked for.
+    #[error("a matrix of {rows} x {columns} is not square, so it is no second moment")]
+    NotSquare {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        columns: usize,
+    },
+
+    /// A Cholesky factor of something that has none.
+    #[error("not positive definite: the pivot of row {pivot} of {side} is not positive; add to the diagonal (damping)")]
+    NotPositiveDefinite {
+        /// The row whose pivot failed; rows are eliminated from the last to the first.
+        pivot: usize,
+        /// Rows of the matrix.
+        side: usize,
+    },
+
     /// Whatever a [`Tap`](crate::forward::Tap) found wrong, from outside this crate.
     #[error(transparent)]
     Tap(Box<dyn std::error::Error + Send + Sync>),
