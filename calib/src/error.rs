@@ -312,6 +312,25 @@ pub enum Error {
     },
 
     // ---- pass, stats, evaluate ----
+    /// Statistics that are not of one shape cannot be added.
+    #[error("statistics of different models or corpora do not add up: {ours} and {theirs} {what}")]
+    StatsDiffer {
+        /// Of what there are different numbers.
+        what: &'static str,
+        /// On one side.
+        ours: usize,
+        /// On the other.
+        theirs: usize,
+    },
+
+    /// A file of statistics or hidden states that does not read.
+    #[error("{}: {message}; delete it and run the pass again", path.display())]
+    Statistics {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
 
     // ---- linalg ----
     /// A symmetric matrix was asked for.
