@@ -12,6 +12,7 @@ mod set;
 
 use std::path::PathBuf;
 
+use calib::sample::Calibrate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -54,30 +55,6 @@ pub struct Recipe {
     /// The texts that the result is judged by, before and after.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<Evaluate>,
-}
-
-/// Calibration samples: windows of token ids, shared out evenly over the texts, spread evenly over each, texts interleaved.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Calibrate {
-    /// Texts (`.txt`, `.jsonl`). Windows come from the first four fifths of each.
-    pub corpus: Vec<PathBuf>,
-    /// Windows in all.
-    #[serde(default = "Calibrate::samples")]
-    pub samples: usize,
-    /// Tokens a window.
-    #[serde(default = "Calibrate::tokens")]
-    pub tokens: usize,
-}
-
-impl Calibrate {
-    fn samples() -> usize {
-        128
-    }
-
-    fn tokens() -> usize {
-        2048
-    }
 }
 
 /// Evaluation: perplexity a text, KL divergence and top-1 agreement against the original.

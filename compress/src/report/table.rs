@@ -93,6 +93,6 @@ mod tests {
 
     #[test]
     fn seconds_minutes_hours() {
-        assert_eq!([3.14, 99.4, 245.0, 7400.0].map(seconds), ["3.1 s", "99.4 s", "4 min 05 s", "2 h 03 min"]);
+        assert_eq!([3.12, 99.4, 245.0, 7400.0].map(seconds), ["3.1 s", "99.4 s", "4 min 05 s", "2 h 03 min"]);
     }
 }

@@ -2,9 +2,12 @@
 //!
 //! `plan.json` holds no time stamp and no absolute path, and its keys are sorted: the same inputs give the same bytes.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod shape;
+mod summary;
 
-use calib::arch::{Part, Role, Site};
+use std::collections::BTreeMap;
+
+use calib::arch::{Part, Role};
 use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +15,9 @@ use crate::allocate::{Allocate, Glob};
 use crate::quantize::{Grid, Quantizer};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
+
+pub use shape::{Measured, Seen, Shape, Tensor};
+pub use summary::Summary;
 
 /// The version of [`Plan::schema`] that this program writes.
 pub const SCHEMA: u32 = 1;
@@ -79,58 +85,6 @@ pub enum Solver {
     },
 }
 
-/// A checkpoint as far as a plan depends on it: its tensors, without their data.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Shape {
-    /// The checkpoint's fingerprint.
-    pub fingerprint: String,
-    /// Every tensor, FP8 companions folded away, by name.
-    pub tensors: Vec<Tensor>,
-}
-
-/// One tensor of a [`Shape`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct Tensor {
-    /// Its name in the checkpoint.
-    pub name: String,
-    /// Its dimensions; a Linear matrix is `[out, in]`.
-    pub shape: Vec<usize>,
-    /// What it is to the model.
-    pub role: Role,
-    /// The type that scales are stored in if it is quantized: the model's own 16-bit type.
-    pub scale: ScaleType,
-    /// Bytes that it takes in the checkpoint, FP8 scales included.
-    pub bytes: u64,
-}
-
-impl Tensor {
-    /// Inputs of a matrix that a quantizer may change, with its layer and part.
-    pub fn quantizable(&self) -> Option<(usize, Part, usize)> {
-        match (self.role, self.shape.as_slice()) {
-            (Role::Layer(layer, part), &[_, inputs]) if self.role.is_quantizable() => Some((layer, part, inputs)),
-            _ => None,
-        }
-    }
-}
-
-/// What the calibration pass saw, as far as a plan depends on it.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Measured {
-    /// Hash of the samples.
-    pub corpus: String,
-    /// What entered each site of each layer.
-    pub sites: BTreeMap<(usize, Site), Seen>,
-}
-
-/// What entered one site.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
-    /// Rows (tokens).
-    pub rows: u64,
-    /// Input channels that were zero in every row.
-    pub dead: usize,
-}
-
 /// Decides what becomes of every tensor. Pure: the same inputs give the same plan.
 ///
 /// With `measured`, an expert that no token reached is rounded to nearest and dead channels are counted. Without it (a solver
@@ -146,7 +100,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         _ => None,
     };
     let action = |tensor: &Tensor| match (tensor.role, &width, tensor.quantizable()) {
-        (Role::Buffer, ..) => Action::Drop { reason: "a buffer that loaders compute themselves".into() },
+        (Role::Buffer, ..) => Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() },
         (_, Some(width), Some((layer, part, _))) if !width.excludes(&tensor.name) => {
             Action::Quantize(width.quantize(tensor, layer, part, measured))
         }
@@ -200,80 +154,6 @@ impl Width {
     }
 }
 
-/// A plan in numbers.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Summary {
-    /// Matrices that are quantized.
-    pub matrices: usize,
-    /// Weights in them.
-    pub weights: u64,
-    /// Bytes that they take in the checkpoint.
-    pub bytes_before: u64,
-    /// Bytes of their codes and scales.
-    pub bytes_after: u64,
-    /// Bytes of everything else that is carried over.
-    pub bytes_kept: u64,
-    /// Matrices that `exclude` names.
-    pub excluded: usize,
-    /// Tensors left out.
-    pub dropped: usize,
-    /// Experts that are rounded to nearest because no token reached them.
-    pub rounded_experts: usize,
-    /// Input channels that no token excited, each counted once for all matrices that it enters.
-    pub dead_channels: usize,
-}
-
-impl Summary {
-    /// Stored bits a quantized weight, scales counted; `None` where nothing is quantized.
-    pub fn bits_per_weight(&self) -> Option<f64> {
-        (self.weights > 0).then(|| self.bytes_after as f64 * 8.0 / self.weights as f64)
-    }
-}
-
-impl Plan {
-    /// The plan in numbers.
-    pub fn summary(&self, shape: &Shape) -> Summary {
-        let mut sum = Summary::default();
-        let (mut rounded, mut dead) = (BTreeSet::new(), BTreeMap::new());
-        for tensor in &shape.tensors {
-            match self.tensors.get(&tensor.name) {
-                Some(Action::Quantize(q)) => {
-                    sum.matrices += 1;
-                    sum.weights += tensor.shape.iter().product::<usize>() as u64;
-                    sum.bytes_before += tensor.bytes;
-                    sum.bytes_after += q.bytes(&tensor.shape);
-                    let Role::Layer(layer, part) = tensor.role else { continue };
-                    if let (Solver::Rounded { .. }, Part::Expert(expert, _)) = (&q.solver, part) {
-                        rounded.insert((layer, expert));
-                    }
-                    dead.insert((layer, part.site()), q.dead_channels);
-                }
-                Some(Action::Drop { .. }) => sum.dropped += 1,
-                _ => {
-                    sum.excluded += usize::from(tensor.role.is_quantizable());
-                    sum.bytes_kept += tensor.bytes;
-                }
-            }
-        }
-        sum.rounded_experts = rounded.len();
-        sum.dead_channels = dead.values().sum();
-        sum
-    }
-}
-
-impl Quantize {
-    /// Bytes of the packed codes (a row is a whole number of 32-bit words) and scales of a matrix `[out, in]`.
-    pub fn bytes(&self, shape: &[usize]) -> u64 {
-        let &[outputs, inputs] = shape else { return 0 };
-        let words = (inputs * usize::from(self.bits)).div_ceil(32);
-        let scale = match self.scale {
-            ScaleType::Bf16 | ScaleType::F16 => 2,
-            ScaleType::F32 => 4,
-        };
-        (outputs * (words * 4 + inputs.div_ceil(self.group.len(inputs)) * scale)) as u64
-    }
-}
-
 fn is_zero(n: &usize) -> bool {
     *n == 0
 }
@@ -281,7 +161,7 @@ fn is_zero(n: &usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use calib::arch::Projection;
+    use calib::arch::{Projection, Site};
 
     fn recipe(quantizer: &str, exclude: &str) -> Recipe {
         let text = format!("schema = 1\n[quantize.{quantizer}]\n[allocate]\nbits = 4\ngroup = 32\nexclude = [{exclude}]\n");
