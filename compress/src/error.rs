@@ -42,8 +42,153 @@ pub enum Error {
     // ---- quantize ----
 
     // ---- apply, export, packed ----
+    /// A file between two stages that is not what the stage wrote.
+    #[error("{}: {what}; remove it, or start over with --force", path.display())]
+    Stage {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+
+    /// Work that was done for another plan.
+    #[error("{} was made for the plan {found}, not for this one ({wanted}); give another --out, or start over with --force", path.display())]
+    OtherPlan {
+        /// The file.
+        path: PathBuf,
+        /// Hash of the plan that it belongs to.
+        found: String,
+        /// Hash of the plan at hand.
+        wanted: String,
+    },
+
+    /// An export of a model that is not solved to its end.
+    #[error("{} is missing: layer {layer} of {layers} is not solved yet; run `moepress apply` to its end first", path.display())]
+    Unsolved {
+        /// The file that is missing.
+        path: PathBuf,
+        /// Its layer.
+        layer: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
+
+    /// A matrix whose codes, scales or zeros do not hold together.
+    #[error("{name}: {source}")]
+    Matrix {
+        /// The tensor.
+        name: String,
+        /// What does not hold.
+        source: kernels::Error,
+    },
+
+    /// A tensor that should be a matrix.
+    #[error("{name} has shape {shape:?} and cannot be quantized; name it in allocate.exclude")]
+    NotAMatrix {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+
+    /// A plan that does not fit the model it is applied to.
+    #[error("the plan was made for the checkpoint {planned}, but this one is {found}; make the plan again, or name the model it was made for")]
+    OtherModel {
+        /// The plan's fingerprint.
+        planned: String,
+        /// The model's.
+        found: String,
+    },
+
+    /// A plan and a model that disagree about their tensors.
+    #[error("{name}: {what}; make the plan again")]
+    PlanMisfit {
+        /// The tensor.
+        name: String,
+        /// What does not fit.
+        what: &'static str,
+    },
+
+    /// A matrix that the plan solves against tokens that never came.
+    #[error(
+        "{name}: the plan solves it against calibration tokens, but none reached it; \
+         calibrate and plan again with the same corpus that is applied"
+    )]
+    NoTokens {
+        /// The tensor.
+        name: String,
+    },
+
+    /// Rows of a site that the backend handed over in another form than f32 rows.
+    #[error("{site}: the rows that enter it are no f32 matrix; this backend cannot be used for solving")]
+    Rows {
+        /// The site.
+        site: calib::arch::Site,
+    },
+
+    /// A plan that needs calibration samples, and none were given.
+    #[error("the plan's quantizer solves against calibration tokens; give the samples that it was made with")]
+    NoSamples,
+
+    /// A directory that holds something else.
+    #[error(
+        "{} is not empty and was not written by moepress (it holds {}); give an empty or new directory with --out", dir.display(), entry.display()
+    )]
+    NotOurs {
+        /// The directory.
+        dir: PathBuf,
+        /// Something in it.
+        entry: PathBuf,
+    },
+
+    /// No format was asked for.
+    #[error("the recipe names no export; add [export.compressed_tensors] or [export.dense]")]
+    NoExport,
+
+    /// Matrices that a format cannot hold.
+    #[error("{} cannot be exported as asked:{}", plural(problems.len(), "matrix", "matrices"), listed(problems))]
+    Refused {
+        /// Each by its name.
+        problems: Vec<String>,
+    },
+
+    /// An export that failed the checks that every output goes through.
+    #[error("{}: the export does not pass {}; it was not put in place:{}", dir.display(), plural(problems.len(), "check", "checks"), listed(problems))]
+    Invalid {
+        /// Where it was written.
+        dir: PathBuf,
+        /// What does not hold.
+        problems: Vec<String>,
+    },
+
+    /// A source config that cannot be edited.
+    #[error("config.json of the source is not a JSON object")]
+    Config,
+
+    /// A compressed checkpoint that cannot be read.
+    #[error("{}: {what}", dir.display())]
+    Packed {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// What cannot be read, by name.
+        what: String,
+    },
 
     // ---- run, cli ----
+}
+
+fn plural(count: usize, one: &str, many: &str) -> String {
+    if count == 1 { format!("1 {one}") } else { format!("{count} {many}") }
+}
+
+/// The first few of a list, one a line.
+fn listed(problems: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let mut text: String = problems.iter().take(SHOWN).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > SHOWN {
+        text += &format!("\n  and {} more", problems.len() - SHOWN);
+    }
+    text
 }
 
 impl Error {

@@ -5,12 +5,16 @@
 //! person types.
 
 pub mod allocate;
+pub mod apply;
 pub mod cli;
 mod error;
 pub mod export;
+pub mod packed;
 pub mod plan;
 pub mod quantize;
 pub mod recipe;
+pub mod solved;
+pub mod tensorfile;
 pub mod report;
 
 pub use error::{Error, Result};
