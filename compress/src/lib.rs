@@ -16,5 +16,6 @@ pub mod recipe;
 pub mod solved;
 pub mod tensorfile;
 pub mod report;
+pub mod run;
 
 pub use error::{Error, Result};
