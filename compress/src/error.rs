@@ -119,13 +119,6 @@ pub enum Error {
         name: String,
     },
 
-    /// Rows of a site that the backend handed over in another form than f32 rows.
-    #[error("{site}: the rows that enter it are no f32 matrix; this backend cannot be used for solving")]
-    Rows {
-        /// The site.
-        site: calib::arch::Site,
-    },
-
     /// A plan that needs calibration samples, and none were given.
     #[error("the plan's quantizer solves against calibration tokens; give the samples that it was made with")]
     NoSamples,

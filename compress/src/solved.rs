@@ -10,11 +10,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use calib::checkpoint::hash_bytes;
+use calib::pass::Snapshots;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use serde::{Deserialize, Serialize};
 
 use crate::plan::{Action, Plan, Quantize};
-use crate::quantize::Grid;
+use crate::quantize::{Grid, Loss};
 use crate::tensorfile::{Create, Declared, Element, Open, little_endian, scale_bytes, write_whole};
 use crate::{Error, Result};
 
@@ -30,19 +31,25 @@ const REPORT_BYTES: usize = 256;
 pub struct Report {
     /// How the codes were chosen.
     pub by: By,
-    /// Output error on the calibration tokens, `tr(ΔW H ΔWᵀ)`, where they were used.
+    /// What GPTQ says of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<f64>,
-    /// Damping that the factorization took, as a fraction of the mean diagonal.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub damping: Option<f64>,
+    pub solved: Option<Account>,
+}
+
+/// What a solver says of one matrix that it solved against tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Account {
+    /// What the codes cost, `tr(ΔW · H · ΔWᵀ)`.
+    pub loss: Loss,
+    /// Damping that the factorization took, as a share of the mean diagonal.
+    pub damping: f64,
     /// Input channels that no token excited: they keep their rounded weights.
-    #[serde(default, skip_serializing_if = "is_zero")]
     pub dead_channels: usize,
 }
 
 /// How the codes of one matrix were chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum By {
     /// Rounded to nearest, as the plan says.
@@ -51,10 +58,6 @@ pub enum By {
     Gptq,
     /// GPTQ ran, but plain rounding came out better on the same tokens.
     GptqKeptRtn,
-}
-
-fn is_zero(n: &usize) -> bool {
-    *n == 0
 }
 
 /// Says which plan the folder belongs to.
@@ -132,15 +135,9 @@ impl Solved {
         self.dir.join(format!("layer-{layer:05}.safetensors"))
     }
 
-    /// The hidden states that enter one layer, kept while the layers before it are done and it is not.
-    pub fn hidden_path(&self, layer: usize) -> PathBuf {
-        self.dir.join(format!("hidden-{layer:05}.safetensors"))
-    }
-
-    /// What a file of this folder says of itself.
-    pub fn metadata(&self, what: &str, layer: usize) -> BTreeMap<String, String> {
-        let entries = [("moepress", what.to_owned()), ("plan", self.plan.clone()), ("layer", layer.to_string())];
-        entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    /// Where the hidden states between two layers are kept until all of them are done.
+    pub fn snapshots(&self) -> Snapshots {
+        Snapshots::new(self.dir.join("hidden.safetensors"), BTreeMap::from([("plan".to_owned(), self.plan.clone())]))
     }
 
     /// Begins the file of one layer. `matrices`: name, `[out, in]` and what the plan says.
@@ -150,7 +147,9 @@ impl Solved {
     /// An IO error.
     pub fn create(&self, layer: usize, matrices: &[(&str, [usize; 2], &Quantize)]) -> Result<LayerFile> {
         let declared = matrices.iter().flat_map(|&(name, shape, how)| declare(name, shape, how)).collect();
-        Ok(LayerFile(Create::new(&self.path(layer), declared, &self.metadata("solved", layer))?))
+        let entries = [("moepress", "solved".to_owned()), ("plan", self.plan.clone()), ("layer", layer.to_string())];
+        let metadata = entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
+        Ok(LayerFile(Create::new(&self.path(layer), declared, &metadata)?))
     }
 
     /// Opens the file of one layer that is done.
@@ -160,24 +159,15 @@ impl Solved {
     /// [`Error::OtherPlan`] if it was made for another plan; [`Error::Stage`] if it is damaged; an IO error.
     pub fn open(&self, layer: usize) -> Result<LayerRead> {
         let path = self.path(layer);
-        Ok(LayerRead { file: self.open_file(&path, "solved", layer)?, path })
-    }
-
-    /// Opens a file of this folder and holds it to what it should be.
-    ///
-    /// # Errors
-    ///
-    /// As [`Solved::open`].
-    pub fn open_file(&self, path: &Path, what: &str, layer: usize) -> Result<Open> {
-        let file = Open::new(path)?;
+        let file = Open::new(&path)?;
         if file.metadata("plan") != Some(&self.plan) {
             let found = file.metadata("plan").unwrap_or("none").to_owned();
-            return Err(Error::OtherPlan { path: path.to_owned(), found, wanted: self.plan.clone() });
+            return Err(Error::OtherPlan { path, found, wanted: self.plan.clone() });
         }
-        if file.metadata("moepress") != Some(what) || file.metadata("layer") != Some(&layer.to_string()) {
-            return Err(Error::Stage { path: path.to_owned(), what: format!("it is not the {what} file of layer {layer}") });
+        if file.metadata("moepress") != Some("solved") || file.metadata("layer") != Some(&layer.to_string()) {
+            return Err(Error::Stage { path, what: format!("it does not hold the solved matrices of layer {layer}") });
         }
-        Ok(file)
+        Ok(LayerRead { file, path })
     }
 }
 

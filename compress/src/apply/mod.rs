@@ -5,15 +5,16 @@
 //!
 //! **Rounding** reads one matrix after the other. **GPTQ** is the second pass: samples go through the original model layer by layer
 //! (so every layer sees the inputs it has there, order `independent`), and each site's second moment is solved and dropped as soon as
-//! its rows have all been seen. After each layer its hidden states are saved before its file gets its final name: a run that was
-//! killed goes on after the last finished layer, with the same bytes.
+//! its rows have all been seen. The hidden states between two layers are kept on disk: a run that was killed goes on after the last
+//! finished layer, with the same bytes.
 //!
 //! **Memory**, beside the forward pass's own (`calib::forward`): rounding holds matrices of at most twice the weights of the layer's
 //! largest at once, each in f32 with its codes and packed words, about `2 · 1.7 · 4` bytes a weight of the largest; GPTQ for every
 //! site in flight a moment and its factor (`8 · K²` bytes for `K` inputs) and one matrix with its working copy (`8` bytes a weight).
 
-mod hidden;
 mod output;
+#[cfg(test)]
+mod tests;
 mod tokens;
 mod work;
 
@@ -23,7 +24,8 @@ use std::path::Path;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use calib::device::{Device, Job as DeviceJob};
-use calib::forward::{self, NoTap, Options, Tap};
+use calib::forward::{NoTap, Options, Tap, decoder_layer};
+use calib::pass::{Stream, stream_layers};
 use calib::progress::Progress;
 use calib::{Model, Weights};
 use rayon::prelude::*;
@@ -31,7 +33,7 @@ use rayon::prelude::*;
 pub use output::{contents_of, write};
 
 use crate::plan::{Plan, Solver as Who};
-use crate::quantize::rtn;
+use crate::quantize::rtn::rtn;
 use crate::solved::{By, LayerFile, Report, Solved};
 use crate::{Error, Result};
 use work::Job;
@@ -47,8 +49,8 @@ pub struct Outcome {
     pub matrices: BTreeMap<By, usize>,
     /// Matrices that the plan rounds instead of solving, because no token reached them.
     pub rounded: usize,
-    /// Sum of `tr(ΔW H ΔWᵀ)` over the matrices that were solved against tokens.
-    pub error: f64,
+    /// Sum of `tr(ΔW · H · ΔWᵀ)` over the matrices that were solved against tokens.
+    pub loss: f64,
 }
 
 /// Chooses the codes of every matrix that the plan quantizes, and leaves them under `dir` (`OUT/moepress`).
@@ -71,64 +73,64 @@ pub fn solve(
     let layers = work::by_layer(model, plan)?;
     let solved = Solved::begin(dir, plan, layers.len())?;
     let resumed = solved.done();
-    for layer in 0..resumed {
-        hidden::remove(&solved, layer)?;
+    let snapshots = solved.snapshots();
+    let rest = &layers[resumed..];
+    if rest.iter().flatten().any(|job| job.needs_tokens(plan)) {
+        let ids = samples.ok_or(Error::NoSamples)?;
+        // A snapshot is only as good as the layers before it.
+        if snapshots.next_layer()?.is_some_and(|next| next > resumed) {
+            snapshots.remove()?;
+        }
+        let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved })?;
+    } else {
+        progress.start("layers", rest.len() as u64);
+        for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
+            let file = solved.create(layer, &declared(jobs))?;
+            round(model, plan, jobs, &file)?;
+            file.finish()?;
+            progress.tick(1);
+        }
+        progress.finish();
     }
-    let last = layers.iter().rposition(|jobs| jobs.iter().any(|job| job.needs_tokens(plan)));
-    // Layers up to the last one that needs tokens are run; those behind it are only rounded.
-    let run = last.map_or(0, |last| last + 1).max(resumed);
-    progress.start("layers", (layers.len() - resumed) as u64);
-    if run > resumed {
-        let samples = samples.ok_or(Error::NoSamples)?;
-        device.run(Run { model, plan, layers: &layers[..run], solved: &solved, resumed, samples, progress })?;
-    }
-    for (layer, jobs) in layers.iter().enumerate().skip(run) {
-        let file = solved.create(layer, &declared(jobs))?;
-        round(model, plan, jobs, &file)?;
-        file.finish()?;
-        progress.tick(1);
-    }
-    progress.finish();
+    snapshots.remove()?;
     outcome(&solved, &layers, resumed)
 }
 
-/// The layers that tokens pass through.
+/// The second pass: tokens go through the original layers, and each layer's matrices are solved on the way.
 struct Run<'a> {
+    stream: Stream<'a>,
     model: &'a Model,
     plan: &'a Plan,
     layers: &'a [Vec<Job<'a>>],
     solved: &'a Solved,
-    resumed: usize,
-    samples: &'a [Vec<u32>],
-    progress: &'a dyn Progress,
 }
 
 impl DeviceJob for Run<'_> {
     type Output = Result<()>;
 
     fn run<B: Backend>(self, device: &B::Device) -> Result<()> {
-        let mut states: Vec<Tensor<B, 3>> = match self.resumed {
-            0 => forward::embed(self.model, self.samples, device)?,
-            layer => hidden::load(self.solved, layer, device)?,
-        };
-        for (layer, jobs) in self.layers.iter().enumerate().skip(self.resumed) {
-            let file = self.solved.create(layer, &declared(jobs))?;
-            round(self.model, self.plan, jobs, &file)?;
-            let solver = tokens::Solver::new(self.model, self.plan, jobs, &file);
-            let tap: &dyn Tap<B> = match &solver {
-                Some(solver) => solver,
-                None => &NoTap,
-            };
-            forward::decoder_layer(self.model, layer, &mut states, tap, Options::of::<B>())?;
-            if layer + 1 < self.layers.len() {
-                hidden::save(self.solved, layer + 1, &states)?;
-            }
-            drop(solver);
-            file.finish()?;
-            hidden::remove(self.solved, layer)?;
-            self.progress.tick(1);
-        }
+        stream_layers::<B>(&self.stream, device, &mut |layer, hidden| self.layer(layer, hidden).map_err(tokens::boxed))?;
         Ok(())
+    }
+}
+
+impl Run<'_> {
+    fn layer<B: Backend>(&self, layer: usize, hidden: &mut [Tensor<B, 3>]) -> Result<()> {
+        let (options, jobs) = (Options::of::<B>(), &self.layers[layer]);
+        // Killed after a layer's file was finished and before its hidden states were: they are made again.
+        if self.solved.path(layer).exists() {
+            return Ok(decoder_layer(self.model, layer, hidden, &NoTap, options)?);
+        }
+        let file = self.solved.create(layer, &declared(jobs))?;
+        round(self.model, self.plan, jobs, &file)?;
+        let solver = tokens::Solver::new(self.model, self.plan, jobs, &file);
+        let tap: &dyn Tap<B> = match &solver {
+            Some(solver) => solver,
+            None => &NoTap,
+        };
+        decoder_layer(self.model, layer, hidden, tap, options)?;
+        file.finish()
     }
 }
 
@@ -143,7 +145,7 @@ fn round(model: &Model, plan: &Plan, jobs: &[Job<'_>], file: &LayerFile) -> Resu
     for run in work::runs(&jobs, 2 * largest) {
         run.par_iter().try_for_each(|job| {
             let matrix = rtn(model.matrix(job.role)?.view(), &job.how.width())?;
-            file.put(job.name, &matrix, &Report { by: By::Rtn, error: None, damping: None, dead_channels: 0 })
+            file.put(job.name, &matrix, &Report { by: By::Rtn, solved: None })
         })?;
     }
     Ok(())
@@ -157,7 +159,7 @@ fn outcome(solved: &Solved, layers: &[Vec<Job<'_>>], resumed: usize) -> Result<O
             let report = file.report(job.name)?;
             *outcome.matrices.entry(report.by).or_default() += 1;
             outcome.rounded += usize::from(matches!(job.how.solver, Who::Rounded { .. }));
-            outcome.error += report.error.unwrap_or(0.0);
+            outcome.loss += report.solved.map_or(0.0, |account| account.loss.undamped);
         }
     }
     Ok(outcome)

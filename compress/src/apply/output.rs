@@ -25,16 +25,8 @@ use crate::{Error, Result};
 ///
 /// As [`export::write`]; [`Error::Unsolved`] if a layer is missing; [`Error::OtherModel`], [`Error::PlanMisfit`], [`Error::OtherPlan`].
 pub fn write(model: &Model, plan: &Plan, dir: &Path, exports: &Exports, out: &Path, progress: &dyn Progress) -> Result<Vec<Written>> {
-    let layers = work::by_layer(model, plan)?.len();
-    let solved = Solved::finished(dir, plan, layers)?;
-    let source = FromSolved { model, plan, solved, open: Mutex::new(None) };
-    let contents = Contents {
-        config: fs_err::read_to_string(model.checkpoint().dir().join("config.json"))?,
-        files: model.checkpoint().files().to_vec(),
-        tensors: contents_of(model, plan)?,
-        source: &source,
-    };
-    export::write(&contents, exports, out, progress)
+    let source = FromSolved::open(model, plan, dir)?;
+    export::write(&source.contents()?, exports, out, progress)
 }
 
 /// Every tensor that an output of this plan holds, in no format yet: what [`export::refusals`] asks before any work is done.
@@ -75,7 +67,8 @@ fn scheme(how: &Quantize) -> Scheme {
     Scheme { bits: how.bits, group: how.group, zero, scale: how.scale }
 }
 
-struct FromSolved<'a> {
+/// What was solved, and what the model holds beside it.
+pub(super) struct FromSolved<'a> {
     model: &'a Model,
     plan: &'a Plan,
     solved: Solved,
@@ -83,7 +76,24 @@ struct FromSolved<'a> {
     open: Mutex<Option<(usize, Arc<LayerRead>)>>,
 }
 
-impl FromSolved<'_> {
+impl<'a> FromSolved<'a> {
+    /// Opens the layers that [`solve`](super::solve) left in `dir`; all of them must be there.
+    pub fn open(model: &'a Model, plan: &'a Plan, dir: &Path) -> Result<Self> {
+        let layers = work::by_layer(model, plan)?.len();
+        Ok(Self { model, plan, solved: Solved::finished(dir, plan, layers)?, open: Mutex::new(None) })
+    }
+
+    /// The compressed model in no format yet.
+    pub fn contents(&self) -> Result<Contents<'_>> {
+        let checkpoint = self.model.checkpoint();
+        Ok(Contents {
+            config: fs_err::read_to_string(checkpoint.dir().join("config.json"))?,
+            files: checkpoint.files().to_vec(),
+            tensors: contents_of(self.model, self.plan)?,
+            source: self,
+        })
+    }
+
     fn layer(&self, layer: usize) -> Result<Arc<LayerRead>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, file)) = open.as_ref().filter(|(at, _)| *at == layer) {

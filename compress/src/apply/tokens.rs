@@ -9,15 +9,16 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Tensor, backend::Backend};
 use calib::arch::Site;
-use calib::forward::{Routed, Tap};
-use calib::linalg::{add_gram, mirror};
+use calib::forward::{Routed, Tap, values};
+use calib::stats::Moment;
 use calib::{Model, Weights};
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 
 use super::work::Job;
 use crate::plan::Plan;
-use crate::quantize::{Quantizer, gptq};
-use crate::solved::{By, LayerFile, Report};
+use crate::quantize::factor::Factor;
+use crate::quantize::{Kept, Quantizer, Solved, gptq};
+use crate::solved::{Account, By, LayerFile, Report};
 use crate::{Error, Result};
 
 /// Solves the matrices of one layer while tokens pass through it.
@@ -27,12 +28,6 @@ pub struct Solver<'a> {
     file: &'a LayerFile,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
-}
-
-/// `Σ x xᵀ` of one site so far.
-struct Moment {
-    sum: Array2<f32>,
-    rows: usize,
 }
 
 impl<'a> Solver<'a> {
@@ -50,34 +45,37 @@ impl<'a> Solver<'a> {
         self.moments.lock().unwrap_or_else(PoisonError::into_inner).remove(&site)
     }
 
-    fn add<B: Backend>(&self, site: Site, rows: &Tensor<B, 2>) -> Result<()> {
+    fn add<B: Backend>(&self, site: Site, rows: &Tensor<B, 2>) -> calib::Result<()> {
         let [count, width] = rows.dims();
-        let mut moment = self.take(site).unwrap_or_else(|| Moment { sum: Array2::zeros((width, width)), rows: 0 });
-        let data = rows.to_data();
-        let rows = data.as_slice::<f32>().ok().and_then(|rows| ArrayView2::from_shape((count, width), rows).ok());
-        add_gram(moment.sum.view_mut(), rows.ok_or(Error::Rows { site })?);
-        moment.rows += count;
+        let mut moment = self.take(site).unwrap_or_else(|| Moment::new(width));
+        let values = values(rows.clone(), "inputs of a site")?;
+        if let Ok(rows) = ArrayView2::from_shape((count, width), &values) {
+            moment.add(rows, None);
+        }
         self.moments.lock().unwrap_or_else(PoisonError::into_inner).insert(site, moment);
         Ok(())
     }
 
     fn solve(&self, site: Site) -> Result<()> {
         let Some(jobs) = self.jobs.get(&site) else { return Ok(()) };
-        let Some(mut moment) = self.take(site).filter(|moment| moment.rows > 0) else {
+        let Some(moment) = self.take(site).filter(|moment| moment.tokens() > 0) else {
             return Err(Error::NoTokens { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
         };
-        mirror(moment.sum.view_mut());
-        let factor = gptq::factorize(moment.sum, self.params)?;
+        let factor = Factor::new(moment.into_matrix(), self.params)?;
         for job in jobs {
             let w = self.model.matrix(job.role)?;
             let solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
-            self.file.put(job.name, &solved.matrix, &report(&solved))?;
+            let Solved { kept, loss, damping, dead_channels, .. } = solved;
+            let by = if kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
+            let report = Report { by, solved: Some(Account { loss, damping, dead_channels }) };
+            self.file.put(job.name, &solved.matrix, &report)?;
         }
         Ok(())
     }
 }
 
-fn boxed(error: Error) -> calib::Error {
+/// An error of ours on its way through the forward pass.
+pub(super) fn boxed(error: Error) -> calib::Error {
     match error {
         Error::Calib(error) => error,
         other => calib::Error::Tap(Box::new(other)),
@@ -90,7 +88,7 @@ impl<B: Backend> Tap<B> for Solver<'_> {
     }
 
     fn rows(&self, _: usize, site: Site, rows: &Tensor<B, 2>, _: Option<&Routed>) -> calib::Result<()> {
-        self.add(site, rows).map_err(boxed)
+        self.add(site, rows)
     }
 
     fn done(&self, _: usize, site: Site) -> calib::Result<()> {

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use calib::Model;
 use calib::checkpoint::Checkpoint;
 use serde_json::Value;
 
@@ -30,7 +31,7 @@ pub fn check(contents: &Contents<'_>, format: &dyn Format, dir: &Path) -> Result
     let opened = Checkpoint::open(dir).map_err(Error::from).and_then(|checkpoint| {
         kept(contents, &checkpoint, &mut problems)?;
         stored(contents, format, &checkpoint, &mut problems)?;
-        if is_packed(checkpoint.config()) { packed(contents, checkpoint, &mut problems) } else { plain(contents, &checkpoint, &mut problems) }
+        if is_packed(checkpoint.config()) { packed(contents, checkpoint, &mut problems) } else { plain(contents, checkpoint, &mut problems) }
     });
     if let Err(error) = opened {
         problems.push(error.to_string());
@@ -164,11 +165,13 @@ fn packed(contents: &Contents<'_>, checkpoint: Checkpoint, problems: &mut Vec<St
     Ok(())
 }
 
-/// The values of some matrices: the solver's to within half a step of bf16.
-fn plain(contents: &Contents<'_>, checkpoint: &Checkpoint, problems: &mut Vec<String>) -> Result<()> {
+/// The values of some matrices: the solver's, rounded to bf16.
+fn plain(contents: &Contents<'_>, checkpoint: Checkpoint, problems: &mut Vec<String>) -> Result<()> {
+    // Opening holds every name and shape to the family.
+    let model = Model::from_checkpoint(checkpoint)?;
     for tensor in compared(contents) {
         let solved = contents.source.quantized(&tensor.name)?.dequantize();
-        let read = checkpoint.floats(&tensor.name)?;
+        let read = model.checkpoint().floats(&tensor.name)?;
         let near = |(&w, &r): (&f32, &f32)| half::bf16::from_f32(w).to_f32() == r;
         if solved.len() != read.len() || !solved.iter().zip(&read).all(near) {
             problems.push(format!("{} does not read back as it was solved", tensor.name));
