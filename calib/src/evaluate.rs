@@ -207,13 +207,7 @@ impl<B: Backend> Run<B> {
 }
 
 /// Adds a window's tokens to a text's sums, as many logits at a time as [`LOGITS`] allows.
-fn score_window<B: Backend>(
-    candidate: &Run<B>,
-    original: Option<&Run<B>>,
-    window: usize,
-    ids: &[u32],
-    sums: &mut Sums,
-) -> Result<()> {
+fn score_window<B: Backend>(candidate: &Run<B>, original: Option<&Run<B>>, window: usize, ids: &[u32], sums: &mut Sums) -> Result<()> {
     let vocab = candidate.vocab;
     let scored = ids.len() - 1;
     let step = (LOGITS / vocab).clamp(1, scored.max(1));
@@ -223,9 +217,8 @@ fn score_window<B: Backend>(
         let ours = candidate.logits(window, first, count)?;
         let theirs = original.map(|run| run.logits(window, first, count)).transpose()?;
         let rows = ours.par_chunks_exact(vocab).zip(targets).enumerate();
-        let tokens: Vec<Token> = rows
-            .map(|(i, (row, &target))| Token::of(row, theirs.as_ref().map(|t| &t[i * vocab..][..vocab]), target as usize))
-            .collect();
+        let tokens: Vec<Token> =
+            rows.map(|(i, (row, &target))| Token::of(row, theirs.as_ref().map(|t| &t[i * vocab..][..vocab]), target as usize)).collect();
         tokens.into_iter().for_each(|token| sums.add(token));
     }
     Ok(())
@@ -253,11 +246,7 @@ impl Token {
         let against = theirs.map(|theirs| {
             let (their_top, their_sum) = log_sum_exp(theirs);
             // Σ p (log p − log q) with log p = a − A, log q = b − B, so Σ p (a − b) − (A − B).
-            let mean: f64 = theirs
-                .iter()
-                .zip(ours)
-                .map(|(&a, &b)| (f64::from(a) - their_sum).exp() * (f64::from(a) - f64::from(b)))
-                .sum();
+            let mean: f64 = theirs.iter().zip(ours).map(|(&a, &b)| (f64::from(a) - their_sum).exp() * (f64::from(a) - f64::from(b))).sum();
             let kl = mean - (their_sum - log_sum);
             Against { nll: their_sum - f64::from(theirs[target]), kl, agree: top == their_top }
         });
@@ -410,10 +399,7 @@ mod tests {
         use crate::forward::testing::{grouped_spec, logits, random, samples};
         let (candidate, reference) = (random(grouped_spec(), 1), random(grouped_spec(), 2));
         let ids = samples(&[9, 9, 9], 32);
-        let texts = [
-            Windows { domain: "a".into(), ids: ids[..2].to_vec() },
-            Windows { domain: "b".into(), ids: ids[2..].to_vec() },
-        ];
+        let texts = [Windows { domain: "a".into(), ids: ids[..2].to_vec() }, Windows { domain: "b".into(), ids: ids[2..].to_vec() }];
         let models = Models { candidate: &candidate, reference: Some(&reference) };
         let report = evaluate(models, &texts, Device::Cpu, &crate::progress::Quiet).unwrap();
         let probability = |row: &[f32], i: usize| f64::from(row[i]).exp() / row.iter().map(|&x| f64::from(x).exp()).sum::<f64>();

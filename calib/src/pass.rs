@@ -49,11 +49,7 @@ pub type Each<'a, B> = dyn FnMut(usize, &mut [Tensor<B, 3>]) -> Result<()> + 'a;
 /// # Errors
 ///
 /// [`Error::Changed`] where the snapshot is of another model or other samples, an IO error, or what `each` says.
-pub fn stream_layers<B: Backend>(
-    stream: &Stream<'_>,
-    device: &B::Device,
-    each: &mut Each<'_, B>,
-) -> Result<Vec<Tensor<B, 3>>> {
+pub fn stream_layers<B: Backend>(stream: &Stream<'_>, device: &B::Device, each: &mut Each<'_, B>) -> Result<Vec<Tensor<B, 3>>> {
     let layers = stream.weights.spec().layers.len();
     let resumed = stream.snapshots.map(|s| s.load::<B>(device)).transpose()?.flatten();
     let (first, mut hidden) = match resumed {
@@ -247,7 +243,13 @@ mod tests {
         assert_eq!(files(&parts), files(&whole));
         assert_eq!(files(&whole).len(), 3);
         // Without the layer that the snapshot stands on, it starts over.
-        assert!(measure(&Killed(&table), &corpus(), &{ fs_err::remove_dir_all(parts.dir()).unwrap(); parts.clone() }).is_err());
+        assert!(
+            measure(&Killed(&table), &corpus(), &{
+                fs_err::remove_dir_all(parts.dir()).unwrap();
+                parts.clone()
+            })
+            .is_err()
+        );
         fs_err::remove_file(parts.layer_path(0)).unwrap();
         measure(&table, &corpus(), &parts).unwrap();
         assert_eq!(files(&parts), files(&whole));

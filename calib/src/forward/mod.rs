@@ -39,7 +39,7 @@ pub use batch::{BATCH_TOKENS, embed, rows};
 pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
 pub use head::Head;
-pub(crate) use moe::values;
 pub use layer::{DecoderLayer, Experts, decoder_layer};
+pub(crate) use moe::values;
 pub use parallel::Options;
 pub use tap::{NoTap, Routed, Routing, Tap};
