@@ -76,15 +76,16 @@ fn stages(args: &StageArgs, until: Stage, global: &Global, console: &Console) ->
     let options = Options { until, earlier, device: global.device.open()? };
     let finished = run::run(&loaded, &options, console.progress().as_ref())?;
     let dir = finished.out.join("moepress");
+    let text = match until {
+        Stage::Calibrate => coverage(&loaded, &dir.join("stats"), args.format.json)?,
+        Stage::Plan => planned(&loaded, &dir.join("plan.json"), args.format.json)?,
+        _ => result(&finished, args.format.json)?,
+    };
     if finished.ran.is_empty() && !args.format.json {
-        let done = format!("{} is complete up to this stage for this recipe, model and texts; nothing to do\n", finished.out.display());
-        return Ok(done);
+        let done = format!("{} is complete for this recipe, model and texts: nothing to do", finished.out.display());
+        return Ok(format!("{done}\n\n{text}"));
     }
-    match until {
-        Stage::Calibrate => coverage(&loaded, &dir.join("stats"), args.format.json),
-        Stage::Plan => planned(&loaded, &dir.join("plan.json"), args.format.json),
-        _ => result(&finished, args.format.json),
-    }
+    Ok(text)
 }
 
 /// How many tokens reached each expert.

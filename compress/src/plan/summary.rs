@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use calib::arch::{Part, Role};
 use kernels::ScaleType;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Action, Plan, Quantize, Shape, Solver};
 
 /// A plan in numbers.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Matrices that are quantized.
     pub matrices: usize,

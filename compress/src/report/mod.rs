@@ -7,16 +7,19 @@ mod render;
 mod table;
 mod usage;
 
-use serde::Serialize;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
 
 use crate::plan::Summary;
+use crate::{Error, Result};
 
 pub use render::{coverage, evaluation, markdown_report, plan, text_report};
 pub use table::{bytes, count, markdown, memory, seconds, table};
 pub use usage::{Cost, Meter};
 
 /// Everything that is known of a finished output.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Version of `report.json`'s form.
     pub schema: u32,
@@ -33,7 +36,7 @@ pub struct Report {
 }
 
 /// The model that was compressed.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelRow {
     /// Name of its directory.
     pub name: String,
@@ -50,7 +53,7 @@ pub struct ModelRow {
 }
 
 /// One output.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OutputRow {
     /// Its format.
     pub format: String,
@@ -58,4 +61,13 @@ pub struct OutputRow {
     pub folder: String,
     /// Bytes of its weight files.
     pub bytes: u64,
+}
+
+/// Reads a `report.json`.
+///
+/// # Errors
+///
+/// An IO error; [`Error::Json`].
+pub fn read(path: &Path) -> Result<Report> {
+    serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })
 }

@@ -185,12 +185,12 @@ impl<'a> Work<'a> {
             outputs.push(OutputRow { format: format.to_owned(), folder: folder.to_owned(), bytes: weight_bytes(&self.out.join(folder))? });
         }
         let dir = self.model.checkpoint().dir();
-        let (parameters, active) = self.model.parameters();
+        let parameters = self.model.parameters();
         let model = ModelRow {
             name: fs_err::canonicalize(dir)?.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             family: self.model.spec().model_type.clone(),
-            parameters,
-            active,
+            parameters: parameters.total,
+            active: parameters.active,
             fingerprint: self.shape.fingerprint.clone(),
             bytes: weight_bytes(dir)?,
         };
