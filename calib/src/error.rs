@@ -323,6 +323,33 @@ pub enum Error {
         theirs: usize,
     },
 
+    /// What was begun with one model or corpus cannot go on with another.
+    #[error("{}: this was made with other {what}; delete its folder, or use --force, to start over", path.display())]
+    Changed {
+        /// What was found.
+        path: PathBuf,
+        /// In which the two differ: `model weights`, `samples`, …
+        what: String,
+    },
+
+    /// Two models cannot be compared token by token.
+    #[error("the models have vocabularies of {candidate} and {reference} tokens; only models of one vocabulary can be compared")]
+    Vocabularies {
+        /// Of the candidate.
+        candidate: usize,
+        /// Of the original.
+        reference: usize,
+    },
+
+    /// A model whose logits are not numbers.
+    #[error("{domain}: the mean score of {tokens} tokens is not a number; the model gives infinite or undefined logits")]
+    NotFinite {
+        /// The text.
+        domain: String,
+        /// Tokens scored.
+        tokens: usize,
+    },
+
     /// A file of statistics or hidden states that does not read.
     #[error("{}: {message}; delete it and run the pass again", path.display())]
     Statistics {

@@ -490,8 +490,8 @@ mod tests {
         let windows = |config| resolve(&config).map(|resolved| resolved.spec.layers.iter().map(|layer| layer.window).collect::<Vec<_>>());
         assert_eq!(windows(config("qwen2_moe", &types)).unwrap(), [Some(8), None, Some(8)]);
         assert!(windows(config("qwen3_moe", &types)).unwrap_err().to_string().contains("slides them all"));
-        assert_eq!(windows(config("qwen3_moe", &json!(["sliding_attention"; 3]))).unwrap(), [Some(8); 3]);
-        assert!(windows(config("qwen2_moe", &json!(["chunked_attention"; 3]))).is_err());
+        assert_eq!(windows(config("qwen3_moe", &json!(vec!["sliding_attention"; 3]))).unwrap(), [Some(8); 3]);
+        assert!(windows(config("qwen2_moe", &json!(vec!["chunked_attention"; 3]))).is_err());
         assert!(windows(config("qwen2_moe", &json!(["full_attention"]))).unwrap_err().to_string().contains("a list of 3 strings"));
         assert_eq!(windows(json!({"model_type": "mixtral", "sliding_window": 8, "num_hidden_layers": 2})).unwrap(), [Some(8); 2]);
         // As transformers 5 writes a qwen2_moe that does not slide.

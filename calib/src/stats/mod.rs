@@ -16,12 +16,12 @@ pub mod store;
 
 use std::collections::BTreeMap;
 
-use crate::arch::Site;
+use crate::arch::{Attention, Mlp, Site, Spec};
 use crate::{Error, Result};
 
 pub use channels::ChannelSums;
 pub use moment::Moment;
-pub use outputs::OutputSums;
+pub use outputs::{OutputChunk, OutputSums};
 pub use router::RouterSums;
 pub use store::{Manifest, Part, Store};
 
@@ -37,6 +37,16 @@ pub struct LayerStats {
 }
 
 impl LayerStats {
+    /// Nothing seen yet of this layer.
+    pub fn new(spec: &Spec, layer: usize, domains: usize) -> Self {
+        let moe = spec.moe(layer);
+        Self {
+            router: moe.map(|m| RouterSums::new(domains, m.experts)),
+            outputs: moe.map(|m| OutputSums::new(domains, m.experts, spec.hidden)),
+            channels: sites(spec, layer).into_iter().map(|(site, width)| (site, ChannelSums::new(width))).collect(),
+        }
+    }
+
     /// Adds the same layer's statistics over other tokens.
     ///
     /// # Errors
@@ -73,6 +83,28 @@ impl LayerStats {
             channels: self.channels.clone(),
         }
     }
+}
+
+/// The sites of a decoder layer and the width of what enters each.
+pub fn sites(spec: &Spec, layer: usize) -> Vec<(Site, usize)> {
+    let mut sites = vec![(Site::AttentionIn, spec.hidden)];
+    match &spec.attention {
+        Attention::Grouped(a) => sites.push((Site::AttentionOut, a.heads * a.head_dim)),
+        Attention::Latent(a) => {
+            sites.extend(a.q_rank.map(|rank| (Site::QueryB, rank)));
+            sites.extend([(Site::KvB, a.kv_rank), (Site::AttentionOut, a.heads * a.value_dim)]);
+        }
+    }
+    match &spec.layers[layer].mlp {
+        Mlp::Dense { inner } => sites.extend([(Site::DenseIn, spec.hidden), (Site::DenseDown, *inner)]),
+        Mlp::Moe(moe) => {
+            if let Some(shared) = &moe.shared {
+                sites.extend([(Site::SharedIn, spec.hidden), (Site::SharedDown, shared.inner)]);
+            }
+            sites.extend((0..moe.experts).flat_map(|e| [(Site::ExpertIn(e), spec.hidden), (Site::ExpertDown(e), moe.inner)]));
+        }
+    }
+    sites
 }
 
 /// Refuses to add what is not of one shape.

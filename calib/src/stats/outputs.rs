@@ -27,9 +27,10 @@ pub struct OutputSums {
     pub peaks: Array1<f64>,
 }
 
-/// One expert's part of a chunk of rows, summed before it is added.
-struct Chunk {
-    /// Count, norm, norm², weighted, weighted² of each domain.
+/// Sums over a chunk of one expert's rows, made before they are added.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OutputChunk {
+    /// Of each domain: tokens; norm, norm², weighted, weighted².
     domains: Vec<(u64, [f64; 4])>,
     outputs: Vec<f64>,
     peak: f32,
@@ -43,17 +44,16 @@ impl OutputSums {
         Self { counts, norms: zeros(), norms2: zeros(), weighted: zeros(), weighted2: zeros(), outputs, peaks }
     }
 
-    /// Adds rows of one expert: `rows` is `[weights.len(), hidden]` row by row, `domain` gives the domain of each.
-    pub fn add(&mut self, expert: usize, rows: &[f32], weights: &[f32], domain: impl Fn(usize) -> usize) {
-        let chunk = summed(rows, weights, self.counts.nrows(), self.outputs.ncols(), domain);
-        for (d, (count, [norm, norm2, weighted, weighted2])) in chunk.domains.into_iter().enumerate() {
+    /// Adds rows of one expert.
+    pub fn add(&mut self, expert: usize, chunk: &OutputChunk) {
+        for (d, (count, [norm, norm2, weighted, weighted2])) in chunk.domains.iter().enumerate() {
             self.counts[(d, expert)] += count;
             self.norms[(d, expert)] += norm;
             self.norms2[(d, expert)] += norm2;
             self.weighted[(d, expert)] += weighted;
             self.weighted2[(d, expert)] += weighted2;
         }
-        self.outputs.row_mut(expert).iter_mut().zip(chunk.outputs).for_each(|(sum, x)| *sum += x);
+        self.outputs.row_mut(expert).iter_mut().zip(&chunk.outputs).for_each(|(sum, x)| *sum += x);
         self.peaks[expert] = self.peaks[expert].max(f64::from(chunk.peak));
     }
 
@@ -96,23 +96,26 @@ impl OutputSums {
     }
 }
 
-fn summed(rows: &[f32], weights: &[f32], domains: usize, hidden: usize, domain: impl Fn(usize) -> usize) -> Chunk {
-    assert_eq!(rows.len(), weights.len() * hidden, "rows of an expert's output");
-    let mut chunk = Chunk { domains: vec![(0, [0.0; 4]); domains], outputs: vec![0.0; hidden], peak: 0.0 };
-    for (i, (row, &weight)) in rows.chunks_exact(hidden).zip(weights).enumerate() {
-        let norm2: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        let (norm, weight) = (norm2.sqrt(), f64::from(weight));
-        let (count, sums) = &mut chunk.domains[domain(i)];
-        *count += 1;
-        for (sum, term) in sums.iter_mut().zip([norm, norm2, weight * norm, weight * weight * norm2]) {
-            *sum += term;
+impl OutputChunk {
+    /// Sums over `rows`, `[weights.len(), hidden]` row by row; `domain` gives the domain of each row.
+    pub fn of(rows: &[f32], weights: &[f32], domains: usize, domain: impl Fn(usize) -> usize) -> Self {
+        let hidden = rows.len() / weights.len().max(1);
+        let mut chunk = Self { domains: vec![(0, [0.0; 4]); domains], outputs: vec![0.0; hidden], peak: 0.0 };
+        for (i, (row, &weight)) in rows.chunks_exact(hidden.max(1)).zip(weights).enumerate() {
+            let norm2: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            let (norm, weight) = (norm2.sqrt(), f64::from(weight));
+            let (count, sums) = &mut chunk.domains[domain(i)];
+            *count += 1;
+            for (sum, term) in sums.iter_mut().zip([norm, norm2, weight * norm, weight * weight * norm2]) {
+                *sum += term;
+            }
+            for (sum, &x) in chunk.outputs.iter_mut().zip(row) {
+                *sum += f64::from(x);
+                chunk.peak = chunk.peak.max(x.abs());
+            }
         }
-        for (sum, &x) in chunk.outputs.iter_mut().zip(row) {
-            *sum += f64::from(x);
-            chunk.peak = chunk.peak.max(x.abs());
-        }
+        chunk
     }
-    chunk
 }
 
 #[cfg(test)]
@@ -125,7 +128,7 @@ mod tests {
     fn two_tokens_by_hand() {
         // Outputs (3, −4) and (0, 2): norms 5 and 2; with weights 0.5 and 0.25: 2.5 + 0.5 = 3, mean 1.5.
         let mut sums = OutputSums::new(2, 3, 2);
-        sums.add(1, &[3.0, -4.0, 0.0, 2.0], &[0.5, 0.25], |row| row);
+        sums.add(1, &OutputChunk::of(&[3.0, -4.0, 0.0, 2.0], &[0.5, 0.25], 2, |row| row));
         assert_eq!(sums.counts.column(1), array![1, 1]);
         assert_eq!(sums.norms.column(1), array![5.0, 2.0]);
         assert_eq!(sums.norms2.column(1), array![25.0, 4.0]);
@@ -139,9 +142,9 @@ mod tests {
     #[test]
     fn parts_add_up_and_maxima_stay() {
         let mut one = OutputSums::new(1, 2, 2);
-        one.add(0, &[3.0, -4.0], &[0.5], |_| 0);
+        one.add(0, &OutputChunk::of(&[3.0, -4.0], &[0.5], 1, |_| 0));
         let mut two = OutputSums::new(1, 2, 2);
-        two.add(0, &[0.0, 2.0], &[0.25], |_| 0);
+        two.add(0, &OutputChunk::of(&[0.0, 2.0], &[0.25], 1, |_| 0));
         one.merge(&two).unwrap();
         assert_eq!((one.counts[(0, 0)], one.weighted[(0, 0)], one.peaks[0]), (2, 3.0, 4.0));
         assert!(one.merge(&OutputSums::new(1, 2, 3)).unwrap_err().to_string().contains("2 and 3 hidden"));

@@ -313,7 +313,7 @@ mod tests {
         let mut router = RouterSums::new(2, 3);
         (router.counts[(1, 2)], router.tokens[1], router.mass[(1, 2)]) = (7, 8, 0.1);
         let mut outputs = OutputSums::new(2, 3, 4);
-        outputs.add(1, &[1.0, -2.0, 3.0, 0.5], &[0.3], |_| 1);
+        outputs.add(1, &crate::stats::OutputChunk::of(&[1.0, -2.0, 3.0, 0.5], &[0.3], 2, |_| 1));
         let sites = [Site::AttentionIn, Site::SharedDown, Site::ExpertIn(2), Site::ExpertDown(11)];
         let channels = sites.into_iter().enumerate().map(|(i, site)| (site, ChannelSums::of(&[1.5, i as f32], 2, Some(&[0.5])))).collect();
         LayerStats { router: Some(router), outputs: Some(outputs), channels }
