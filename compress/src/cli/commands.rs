@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use calib::Model;
-use calib::Weights as _;
 use calib::corpus::{Corpus, Tokenizer};
 use calib::device::Device;
 use calib::evaluate::{Models, Windows, evaluate};
@@ -20,7 +19,7 @@ use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Shape};
 use crate::recipe::{self, Loaded};
 use crate::run::{self, Earlier, Finished, Options, Stage};
-use crate::{Error, Result, dump, report};
+use crate::{Result, dump, report};
 
 /// Does what a command says and gives what is to be printed.
 pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {

@@ -18,7 +18,7 @@ use crate::plan::{self, Measured, Plan, Shape};
 use crate::recipe::Recipe;
 use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
 use crate::tensorfile::write_whole;
-use crate::{Error, Result, apply};
+use crate::{Result, apply};
 
 /// One run: what it works with.
 pub(super) struct Work<'a> {
