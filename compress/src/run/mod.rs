@@ -96,7 +96,7 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
     let identity = Identity::of(recipe, &shape.fingerprint)?;
     let folder = Folder::open(&out, &identity, options.earlier)?;
     write_whole(&folder.path("recipe.toml"), resolved(recipe, folder.dir())?.as_bytes())?;
-    let work = Work::new(recipe, &out, &model, &shape, &folder, options.device, progress);
+    let work = Work::new(recipe, &out, &model, &shape, &folder, options.device);
     work.forget_lost_outputs()?;
     let todo = work.todo(options.until)?;
     if todo.contains(&Stage::Apply) {
@@ -109,7 +109,7 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
     for &stage in &todo {
         tracing::debug!("{} begins", stage.name());
         let meter = Meter::start();
-        work.stage(stage)?;
+        work.stage(stage, &Named { stage, inner: progress })?;
         work.mark(stage, &meter.read())?;
     }
     work.clean_up()?;
@@ -118,6 +118,27 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
         costs.extend(folder.done(stage)?.map(|cost| (stage, cost)));
     }
     Ok(Finished { ran: todo, costs, out })
+}
+
+/// Progress with the stage's name before what it counts: `calibrate: layers`.
+struct Named<'a> {
+    stage: Stage,
+    inner: &'a dyn Progress,
+}
+
+impl Progress for Named<'_> {
+    fn start(&self, what: &str, total: u64) {
+        let stage = self.stage.name();
+        self.inner.start(&if what == stage { stage.to_owned() } else { format!("{stage}: {what}") }, total);
+    }
+
+    fn tick(&self, steps: u64) {
+        self.inner.tick(steps);
+    }
+
+    fn finish(&self) {
+        self.inner.finish();
+    }
 }
 
 /// The model must not lie where an output would be written over it or discarded.

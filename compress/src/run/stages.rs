@@ -28,7 +28,6 @@ pub(super) struct Work<'a> {
     shape: &'a Shape,
     folder: &'a Folder,
     device: Device,
-    progress: &'a dyn Progress,
     samples: OnceCell<Samples>,
 }
 
@@ -40,9 +39,8 @@ impl<'a> Work<'a> {
         shape: &'a Shape,
         folder: &'a Folder,
         device: Device,
-        progress: &'a dyn Progress,
     ) -> Self {
-        Self { recipe, out, model, shape, folder, device, progress, samples: OnceCell::new() }
+        Self { recipe, out, model, shape, folder, device, samples: OnceCell::new() }
     }
 
     /// The stages up to `until` that the recipe asks for and that are not done.
@@ -83,13 +81,13 @@ impl<'a> Work<'a> {
     }
 
     /// Does one stage.
-    pub fn stage(&self, stage: Stage) -> Result<()> {
+    pub fn stage(&self, stage: Stage, progress: &dyn Progress) -> Result<()> {
         match stage {
-            Stage::Calibrate => self.calibrate(),
+            Stage::Calibrate => self.calibrate(progress),
             Stage::Plan => self.plan(),
-            Stage::Apply => self.apply(),
-            Stage::Export => self.export(),
-            Stage::Evaluate => self.evaluate(),
+            Stage::Apply => self.apply(progress),
+            Stage::Export => self.export(progress),
+            Stage::Evaluate => self.evaluate(progress),
         }
     }
 
@@ -130,10 +128,10 @@ impl<'a> Work<'a> {
         Store::new(self.folder.path("stats"))
     }
 
-    fn calibrate(&self) -> Result<()> {
+    fn calibrate(&self, progress: &dyn Progress) -> Result<()> {
         let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples()?) else { return Ok(()) };
         let (store, fingerprint) = (self.store(), self.shape.fingerprint.as_str());
-        let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, progress: self.progress };
+        let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, progress };
         pass::run(&pass, self.device)?;
         Ok(())
     }
@@ -151,24 +149,24 @@ impl<'a> Work<'a> {
         plan::read(&self.folder.path("plan.json"))
     }
 
-    fn apply(&self) -> Result<()> {
+    fn apply(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
         let samples = self.samples()?.map(|samples| samples.ids.as_slice());
-        apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, self.progress)?;
+        apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
         Ok(())
     }
 
-    fn export(&self) -> Result<()> {
+    fn export(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
-        apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, self.progress)?;
+        apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)?;
         self.write_report(None)
     }
 
-    fn evaluate(&self) -> Result<()> {
+    fn evaluate(&self, progress: &dyn Progress) -> Result<()> {
         let Some(asked) = &self.recipe.evaluate else { return Ok(()) };
         let candidate = packed::open(self.out, ExpertRounding::None)?;
         let models = Models { candidate: candidate.as_ref(), reference: Some(self.model) };
-        let scores = evaluate(models, &self.windows(asked)?, self.device, self.progress)?;
+        let scores = evaluate(models, &self.windows(asked)?, self.device, progress)?;
         self.write_report(Some(scores))
     }
 
