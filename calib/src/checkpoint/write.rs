@@ -199,7 +199,8 @@ fn arrange(mut tensors: Vec<Declared>, max_shard_bytes: u64) -> Result<Vec<Vec<E
         }
         let overflow = || Problem::ShapeOverflow { tensor: name.clone(), shape: shape.iter().map(|&side| side as u64).collect() };
         let bytes = dtype.bytes_of(&shape).ok_or_else(overflow)?;
-        total = total.checked_add(bytes).ok_or_else(overflow)?;
+        // No file is longer, so that no sum below overflows.
+        total = total.checked_add(bytes).filter(|&total| total <= i64::MAX as u64).ok_or_else(overflow)?;
         if used > 0 && used.saturating_add(bytes) > max_shard_bytes {
             shards.push(Vec::new());
             used = 0;
@@ -400,7 +401,7 @@ mod tests {
         assert!(
             matches!(refused(vec![declared("a", Dtype::F32, &[usize::MAX, 2])]), Problem::ShapeOverflow { tensor, .. } if tensor == "a")
         );
-        let sum = vec![declared("a", Dtype::U8, &[usize::MAX]), declared("b", Dtype::U8, &[usize::MAX])];
+        let sum = vec![declared("a", Dtype::U8, &[1 << 62]), declared("b", Dtype::U8, &[1 << 62])];
         assert!(matches!(refused(sum), Problem::ShapeOverflow { tensor, .. } if tensor == "b"));
         assert_eq!(names(dir.path()), ["config.json"]);
     }
