@@ -23,6 +23,14 @@ pub enum Error {
     },
 
     // ---- checkpoint (one section a module, so that each is easy to find) ----
+    /// A checkpoint, or a part of one, that cannot be read or written.
+    #[error("{}: {problem}", at.display())]
+    Checkpoint {
+        /// The directory or file.
+        at: PathBuf,
+        /// What is wrong with it.
+        problem: crate::checkpoint::Problem,
+    },
 
     // ---- arch, model ----
     /// A role that this model does not have was asked for.
