@@ -23,8 +23,95 @@ pub enum Error {
     },
 
     // ---- checkpoint (one section a module, so that each is easy to find) ----
+    /// A checkpoint, or a part of one, that cannot be read or written.
+    #[error("{}: {problem}", at.display())]
+    Checkpoint {
+        /// The directory or file.
+        at: PathBuf,
+        /// What is wrong with it.
+        problem: crate::checkpoint::Problem,
+    },
 
     // ---- arch, model ----
+    /// config.json does not say what the model is.
+    #[error("config.json: no model_type; is this a Hugging Face model directory?")]
+    NoModelType,
+
+    /// A family that nobody has described.
+    #[error("config.json: model_type {model_type:?} is not supported; supported are {supported}")]
+    UnsupportedFamily {
+        /// What the config says.
+        model_type: String,
+        /// What could be opened, separated by commas.
+        supported: String,
+    },
+
+    /// A config value that changes the arithmetic and is not implemented.
+    #[error("config.json: {key} = {value} is not implemented for {model_type}; implemented: {supported}")]
+    UnsupportedValue {
+        /// The key, with the object it stands in.
+        key: String,
+        /// Its value, as JSON.
+        value: String,
+        /// The family.
+        model_type: &'static str,
+        /// What is implemented.
+        supported: String,
+    },
+
+    /// A config value that cannot be.
+    #[error("config.json: {key} is {value}, but has to be {expected}")]
+    WrongValue {
+        /// The key, with the object it stands in.
+        key: String,
+        /// Its value, as JSON.
+        value: String,
+        /// What it has to be.
+        expected: String,
+    },
+
+    /// A config key without a default is missing.
+    #[error("config.json: {key} is missing, and {model_type} has no default for it")]
+    MissingKey {
+        /// The key, with the object it stands in.
+        key: String,
+        /// The family.
+        model_type: &'static str,
+    },
+
+    /// Two config values that cannot both be.
+    #[error("config.json: {what}")]
+    Contradiction {
+        /// The two, and what is wrong with them.
+        what: String,
+    },
+
+    /// The tensors are not those that the config describes.
+    #[error(transparent)]
+    Misfit(#[from] Box<crate::arch::Misfit>),
+
+    /// The checkpoint is quantized in a way that the reader does not convert.
+    #[error(
+        "config.json: quantization_config with quant_method {method} is not supported as an input; \
+         take the original, unquantized or in block-scaled fp8"
+    )]
+    Quantized {
+        /// `quant_method`, as JSON.
+        method: String,
+    },
+
+    /// The config ties the head to the embedding, and the stored head is another matrix.
+    #[error(
+        "{head} is stored and differs from {embedding}, but config.json has tie_word_embeddings = true; set it to false to keep the \
+         stored head, or remove {head}"
+    )]
+    TiedHead {
+        /// Name of the stored head.
+        head: String,
+        /// Name of the embedding.
+        embedding: String,
+    },
+
     /// A role that this model does not have was asked for.
     #[error("{role:?} is not a tensor of this {model_type} model")]
     NoSuchRole {
