@@ -124,6 +124,79 @@ pub enum Error {
     // ---- corpus, sample ----
 
     // ---- forward, device ----
+    /// A tensor handed out for a role has another shape than the spec says.
+    #[error("{role:?} has shape {found:?} where the config asks for {expected:?}; the config does not fit these weights")]
+    WeightShape {
+        /// The tensor.
+        role: crate::arch::Role,
+        /// What the spec says.
+        expected: Vec<usize>,
+        /// What was found.
+        found: Vec<usize>,
+    },
+    /// A token id that the embedding does not have.
+    #[error("sample {sample}, token {position}: id {id} is past the vocabulary of {vocab}; tokenize with the tokenizer of this checkpoint")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Sample, from 0.
+        sample: usize,
+        /// Position in the sample, from 0.
+        position: usize,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
+    /// A sample without a token.
+    #[error("sample {sample} has no token; leave empty samples out")]
+    EmptySample {
+        /// Sample, from 0.
+        sample: usize,
+    },
+    /// Samples that must be equally long are not.
+    #[error("sample {sample} has {tokens} tokens and sample 0 has {first}; generate from equally long prompts, or one by one")]
+    UnequalSamples {
+        /// Sample, from 0.
+        sample: usize,
+        /// Its length.
+        tokens: usize,
+        /// The first one's length.
+        first: usize,
+    },
+    /// A router computed NaN or infinity.
+    #[error(
+        "layer {layer}: the router's logit of expert {expert} for row {row} is not a finite number; the hidden state overflowed before it, \
+         look at the layers below with `eval --dump`"
+    )]
+    RouterNotFinite {
+        /// The decoder layer.
+        layer: usize,
+        /// Row over all samples.
+        row: usize,
+        /// The expert.
+        expert: usize,
+    },
+    /// A result could not be brought back from the device.
+    #[error("reading {what} back from the device: {message}")]
+    Device {
+        /// What was read.
+        what: &'static str,
+        /// What the backend said.
+        message: String,
+    },
+    /// `--device` says something that is not a device.
+    #[error("no device {name:?}; choose cpu, cuda, cuda:N or auto")]
+    NoSuchDevice {
+        /// What was asked for.
+        name: String,
+    },
+    /// A CUDA device was asked for and cannot be had.
+    #[error("device cuda:{index} cannot be used: {reason}; run with --device cpu, or auto to take a GPU only where there is one")]
+    NoCuda {
+        /// Its number.
+        index: usize,
+        /// Why not.
+        reason: String,
+    },
 
     // ---- pass, stats, evaluate ----
 
