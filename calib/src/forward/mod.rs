@@ -33,12 +33,13 @@ mod rope;
 pub mod router;
 mod tap;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use batch::{BATCH_TOKENS, embed, rows};
 pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
 pub use head::Head;
 pub use layer::{DecoderLayer, Experts, decoder_layer};
+pub use moe::values;
 pub use parallel::Options;
 pub use tap::{NoTap, Routed, Routing, Tap};
