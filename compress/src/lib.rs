@@ -1,2 +1,7 @@
-//! .
+//! Decides and changes.
+
 pub mod allocate;
+mod error;
+pub mod quantize;
+
+pub use error::{Error, Result};
