@@ -23,8 +23,95 @@ pub enum Error {
     },
 
     // ---- checkpoint (one section a module, so that each is easy to find) ----
+    /// A checkpoint, or a part of one, that cannot be read or written.
+    #[error("{}: {problem}", at.display())]
+    Checkpoint {
+        /// The directory or file.
+        at: PathBuf,
+        /// What is wrong with it.
+        problem: crate::checkpoint::Problem,
+    },
 
     // ---- arch, model ----
+    /// config.json does not say what the model is.
+    #[error("config.json: no model_type; is this a Hugging Face model directory?")]
+    NoModelType,
+
+    /// A family that nobody has described.
+    #[error("config.json: model_type {model_type:?} is not supported; supported are {supported}")]
+    UnsupportedFamily {
+        /// What the config says.
+        model_type: String,
+        /// What could be opened, separated by commas.
+        supported: String,
+    },
+
+    /// A config value that changes the arithmetic and is not implemented.
+    #[error("config.json: {key} = {value} is not implemented for {model_type}; implemented: {supported}")]
+    UnsupportedValue {
+        /// The key, with the object it stands in.
+        key: String,
+        /// Its value, as JSON.
+        value: String,
+        /// The family.
+        model_type: &'static str,
+        /// What is implemented.
+        supported: String,
+    },
+
+    /// A config value that cannot be.
+    #[error("config.json: {key} is {value}, but has to be {expected}")]
+    WrongValue {
+        /// The key, with the object it stands in.
+        key: String,
+        /// Its value, as JSON.
+        value: String,
+        /// What it has to be.
+        expected: String,
+    },
+
+    /// A config key without a default is missing.
+    #[error("config.json: {key} is missing, and {model_type} has no default for it")]
+    MissingKey {
+        /// The key, with the object it stands in.
+        key: String,
+        /// The family.
+        model_type: &'static str,
+    },
+
+    /// Two config values that cannot both be.
+    #[error("config.json: {what}")]
+    Contradiction {
+        /// The two, and what is wrong with them.
+        what: String,
+    },
+
+    /// The tensors are not those that the config describes.
+    #[error(transparent)]
+    Misfit(#[from] Box<crate::arch::Misfit>),
+
+    /// The checkpoint is quantized in a way that the reader does not convert.
+    #[error(
+        "config.json: quantization_config with quant_method {method} is not supported as an input; \
+         take the original, unquantized or in block-scaled fp8"
+    )]
+    Quantized {
+        /// `quant_method`, as JSON.
+        method: String,
+    },
+
+    /// The config ties the head to the embedding, and the stored head is another matrix.
+    #[error(
+        "{head} is stored and differs from {embedding}, but config.json has tie_word_embeddings = true; set it to false to keep the \
+         stored head, or remove {head}"
+    )]
+    TiedHead {
+        /// Name of the stored head.
+        head: String,
+        /// Name of the embedding.
+        embedding: String,
+    },
+
     /// A role that this model does not have was asked for.
     #[error("{role:?} is not a tensor of this {model_type} model")]
     NoSuchRole {
@@ -35,10 +122,243 @@ pub enum Error {
     },
 
     // ---- corpus, sample ----
+    /// A checkpoint without a fast tokenizer.
+    #[error("{}: there is no tokenizer.json; put the model's own beside its config.json", dir.display())]
+    NoTokenizer {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+    },
+
+    /// A tokenizer that does not load, or a text that it cannot encode.
+    #[error("{}: {message}", path.display())]
+    Tokenizer {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// What the tokenizers library said.
+        message: String,
+    },
+
+    /// No text at all was named.
+    #[error("the corpus is empty: name at least one .txt or .jsonl file")]
+    EmptyCorpus,
+
+    /// A text of no token.
+    #[error("{}: the text is empty", path.display())]
+    EmptyText {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A file whose name does not say how to read it.
+    #[error("{}: a text is a .txt or a .jsonl file", path.display())]
+    TextFormat {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A text that is not UTF-8.
+    #[error("{}: not UTF-8 at byte {at}", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// First byte that is not part of a character.
+        at: usize,
+    },
+
+    /// A line of a .jsonl file that is not JSON.
+    #[error("{}, line {line}: not valid JSON: {source}", path.display())]
+    JsonLine {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+
+    /// A line of a .jsonl file without the fields that make a document.
+    #[error("{}, line {line}: a document has `text`, or `prompt` and `completion`, as strings", path.display())]
+    JsonFields {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+    },
+
+    /// Two texts would be one domain.
+    #[error("{} and {} are both the domain `{domain}`; a text is named by its file stem, so rename one", first.display(), second.display())]
+    SameDomain {
+        /// The name.
+        domain: String,
+        /// One file.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+
+    /// A text that is too short for what is asked of it.
+    #[error(
+        "{}: {} of {window} tokens asked for, but {what} has {tokens} tokens, which is {}; \
+         ask for fewer or shorter windows, or give a longer text",
+        path.display(), plural(*asked), plural(*tokens / *window)
+    )]
+    TooFewTokens {
+        /// The file.
+        path: PathBuf,
+        /// Which part of it: `the text`, `its first four fifths`.
+        what: &'static str,
+        /// Tokens there are.
+        tokens: usize,
+        /// Windows asked for.
+        asked: usize,
+        /// Tokens a window.
+        window: usize,
+    },
+
+    /// A number of samples, tokens or a context that makes no windows.
+    #[error("{what} is {value}, but must be at least {least}")]
+    TooSmall {
+        /// Which knob.
+        what: &'static str,
+        /// Its value.
+        value: usize,
+        /// The least that makes sense.
+        least: usize,
+    },
+
+    /// The tokenizer knows more than the model.
+    #[error("{}: token {id} is past the model's vocabulary of {vocab}; is this the model's own tokenizer?", path.display())]
+    TokenPastVocabulary {
+        /// The text in which it came up.
+        path: PathBuf,
+        /// The token.
+        id: u32,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
 
     // ---- forward, device ----
+    /// A tensor handed out for a role has another shape than the spec says.
+    #[error("{role:?} has shape {found:?} where the config asks for {expected:?}; the config does not fit these weights")]
+    WeightShape {
+        /// The tensor.
+        role: crate::arch::Role,
+        /// What the spec says.
+        expected: Vec<usize>,
+        /// What was found.
+        found: Vec<usize>,
+    },
+    /// A token id that the embedding does not have.
+    #[error("sample {sample}, token {position}: id {id} is past the vocabulary of {vocab}; tokenize with the tokenizer of this checkpoint")]
+    TokenId {
+        /// The id.
+        id: u32,
+        /// Sample, from 0.
+        sample: usize,
+        /// Position in the sample, from 0.
+        position: usize,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
+    /// A sample without a token.
+    #[error("sample {sample} has no token; leave empty samples out")]
+    EmptySample {
+        /// Sample, from 0.
+        sample: usize,
+    },
+    /// Samples that must be equally long are not.
+    #[error("sample {sample} has {tokens} tokens and sample 0 has {first}; generate from equally long prompts, or one by one")]
+    UnequalSamples {
+        /// Sample, from 0.
+        sample: usize,
+        /// Its length.
+        tokens: usize,
+        /// The first one's length.
+        first: usize,
+    },
+    /// A router computed NaN or infinity.
+    #[error(
+        "layer {layer}: the router's logit of expert {expert} for row {row} is not a finite number; the hidden state overflowed before it, \
+         look at the layers below with `eval --dump`"
+    )]
+    RouterNotFinite {
+        /// The decoder layer.
+        layer: usize,
+        /// Row over all samples.
+        row: usize,
+        /// The expert.
+        expert: usize,
+    },
+    /// A result could not be brought back from the device.
+    #[error("reading {what} back from the device: {message}")]
+    Device {
+        /// What was read.
+        what: &'static str,
+        /// What the backend said.
+        message: String,
+    },
+    /// `--device` says something that is not a device.
+    #[error("no device {name:?}; choose cpu, cuda, cuda:N or auto")]
+    NoSuchDevice {
+        /// What was asked for.
+        name: String,
+    },
+    /// A CUDA device was asked for and cannot be had.
+    #[error("device cuda:{index} cannot be used: {reason}; run with --device cpu, or auto to take a GPU only where there is one")]
+    NoCuda {
+        /// Its number.
+        index: usize,
+        /// Why not.
+        reason: String,
+    },
 
     // ---- pass, stats, evaluate ----
+    /// Statistics that are not of one shape cannot be added.
+    #[error("statistics of different models or corpora do not add up: {ours} and {theirs} {what}")]
+    StatsDiffer {
+        /// Of what there are different numbers.
+        what: &'static str,
+        /// On one side.
+        ours: usize,
+        /// On the other.
+        theirs: usize,
+    },
+
+    /// What was begun with one model or corpus cannot go on with another.
+    #[error("{}: this was made with other {what}; delete its folder, or use --force, to start over", path.display())]
+    Changed {
+        /// What was found.
+        path: PathBuf,
+        /// In which the two differ: `model weights`, `samples`, …
+        what: String,
+    },
+
+    /// Two models cannot be compared token by token.
+    #[error("the models have vocabularies of {candidate} and {reference} tokens; only models of one vocabulary can be compared")]
+    Vocabularies {
+        /// Of the candidate.
+        candidate: usize,
+        /// Of the original.
+        reference: usize,
+    },
+
+    /// A model whose logits are not numbers.
+    #[error("{domain}: the mean score of {tokens} tokens is not a number; the model gives infinite or undefined logits")]
+    NotFinite {
+        /// The text.
+        domain: String,
+        /// Tokens scored.
+        tokens: usize,
+    },
+
+    /// A file of statistics or hidden states that does not read.
+    #[error("{}: {message}; delete it and run the pass again", path.display())]
+    Statistics {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
 
     // ---- linalg ----
     /// A symmetric matrix was asked for.
@@ -62,4 +382,8 @@ pub enum Error {
     /// Whatever a [`Tap`](crate::forward::Tap) found wrong, from outside this crate.
     #[error(transparent)]
     Tap(Box<dyn std::error::Error + Send + Sync>),
+}
+
+fn plural(windows: usize) -> String {
+    if windows == 1 { "1 window".into() } else { format!("{windows} windows") }
 }

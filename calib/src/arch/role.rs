@@ -98,7 +98,7 @@ pub enum Role {
     HeadBias,
     /// A tensor of a multi-token-prediction layer: carried through, not run. Told apart by name.
     Mtp,
-    /// A buffer of old checkpoints (`rotary_emb.inv_freq`): dropped and counted.
+    /// A buffer of old checkpoints (`rotary_emb.inv_freq`), or a stored copy of a tied head: dropped and counted.
     Buffer,
 }
 
@@ -252,6 +252,66 @@ impl fmt::Display for Kind {
             Self::Dense => "dense MLPs",
             Self::Mtp => "MTP layers",
             Self::Buffer => "buffers",
+        })
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layer(layer, part) => write!(f, "layer {layer}, {part}"),
+            Self::Embedding => f.write_str("token embedding"),
+            Self::FinalNorm => f.write_str("last norm"),
+            Self::FinalNormBias => f.write_str("last norm, bias"),
+            Self::Head => f.write_str("output head"),
+            Self::HeadBias => f.write_str("output head, bias"),
+            Self::Mtp => f.write_str("MTP layer"),
+            Self::Buffer => f.write_str("buffer"),
+        }
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Expert(expert, projection) => write!(f, "expert {expert}, {projection}"),
+            Self::Shared(projection) => write!(f, "shared expert, {projection}"),
+            Self::Dense(projection) => write!(f, "MLP, {projection}"),
+            Self::SharedGate => f.write_str("gate of the shared expert"),
+            Self::Router => f.write_str("router"),
+            Self::RouterCorrection => f.write_str("router, selection bias"),
+            Self::InputNorm => f.write_str("norm before attention"),
+            Self::InputNormBias => f.write_str("norm before attention, bias"),
+            Self::PostNorm => f.write_str("norm before the MLP"),
+            Self::PostNormBias => f.write_str("norm before the MLP, bias"),
+            Self::Query => f.write_str("query"),
+            Self::QueryBias => f.write_str("query, bias"),
+            Self::Key => f.write_str("key"),
+            Self::KeyBias => f.write_str("key, bias"),
+            Self::Value => f.write_str("value"),
+            Self::ValueBias => f.write_str("value, bias"),
+            Self::Output => f.write_str("attention output"),
+            Self::OutputBias => f.write_str("attention output, bias"),
+            Self::QueryNorm => f.write_str("query norm"),
+            Self::KeyNorm => f.write_str("key norm"),
+            Self::QueryA => f.write_str("query compression"),
+            Self::QueryABias => f.write_str("query compression, bias"),
+            Self::QueryANorm => f.write_str("norm of the compressed query"),
+            Self::QueryB => f.write_str("query expansion"),
+            Self::KvA => f.write_str("key-value compression"),
+            Self::KvABias => f.write_str("key-value compression, bias"),
+            Self::KvANorm => f.write_str("norm of the compressed key-value"),
+            Self::KvB => f.write_str("key-value expansion"),
+        }
+    }
+}
+
+impl fmt::Display for Projection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::Down => "down",
         })
     }
 }

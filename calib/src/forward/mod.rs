@@ -1,5 +1,45 @@
 //! One decoder layer at a time over all samples, generic over the burn backend.
+//!
+//! Samples stand in *batches*: tensors `[samples, tokens, hidden]` of equally long samples, about [`BATCH_TOKENS`] tokens
+//! each. [`embed`] makes them, [`decoder_layer`] carries them through one layer in place, [`Head`] turns them into logits;
+//! a [`Tap`] sees what passes through. [`Generator`] keeps all layers and a key-value cache instead.
+//!
+//! **Memory.** With `R` rows (tokens of all samples), hidden width `d`, a batch of `b` rows, `n` = [`Options::in_flight`],
+//! expert width `f` and largest attention matrix `A` elements, one layer needs at its peak, in f32:
+//!
+//! `4 · ( 3·R·d + n · max( b · (6·q + 4·d) + SCORES , 3·f·d + CHUNK · (2·d + 3·f) ) + attention's weights + A )` bytes:
+//!
+//! the residual stream, its normed copy and at most one more copy of expert outputs waiting to be added; beside them
+//! either the attention of `n` batches (`q` = heads · head width) or `n` experts. Never a whole layer of experts.
+//! `R · (E + 2·k)` more hold the router's scores and choices while a batch's are shown, `2·R·k` the lists of rows.
+//!
+//! **Bits do not depend on the number of threads.** Work is cut by shapes alone; the only sums that cross a cut are the
+//! experts' contributions to a row, and those are added in rising order of expert.
 
+mod attention;
+mod batch;
+mod cache;
+mod generate;
+mod head;
+mod latent;
+mod layer;
+mod linear;
+mod moe;
+mod norm;
+mod parallel;
+#[cfg(test)]
+mod properties;
+mod rope;
+pub mod router;
 mod tap;
+#[cfg(test)]
+pub(crate) mod testing;
 
+pub use batch::{BATCH_TOKENS, embed, rows};
+pub use cache::{Cache, LayerCache};
+pub use generate::Generator;
+pub use head::Head;
+pub use layer::{DecoderLayer, Experts, decoder_layer};
+pub(crate) use moe::values;
+pub use parallel::Options;
 pub use tap::{NoTap, Routed, Routing, Tap};

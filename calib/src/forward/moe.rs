@@ -1,0 +1,386 @@
+//! The second half of a decoder layer: a gated MLP, or routed experts with an optional shared one.
+
+use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation::sigmoid, activation::silu, backend::Backend};
+
+use super::layer::{Context, Experts};
+use super::linear::{Linear, Source, check};
+use super::parallel::{in_blocks, on_cpu, together};
+use super::router::{At, route};
+use super::tap::{Routed, Routing};
+use crate::arch::{Moe, Part, Projection, Role, Shared, Site};
+use crate::{Error, Result};
+
+/// Most rows of one expert that are run at once.
+pub(super) const CHUNK: usize = 8192;
+
+/// `W_d (silu(W_g x) ⊙ (W_u x))`.
+#[derive(Clone, Debug)]
+pub(super) struct GatedMlp<B: Backend> {
+    gate: Linear<B>,
+    up: Linear<B>,
+    down: Linear<B>,
+}
+
+impl<B: Backend> GatedMlp<B> {
+    /// Loads the three matrices that `part` names; `inner` is the width between them.
+    pub fn load(source: &Source<'_, B>, part: impl Fn(Projection) -> Part, inner: usize) -> Result<Self> {
+        let hidden = source.weights.spec().hidden;
+        Ok(Self {
+            gate: source.linear(part(Projection::Gate), None, [inner, hidden])?,
+            up: source.linear(part(Projection::Up), None, [inner, hidden])?,
+            down: source.linear(part(Projection::Down), None, [hidden, inner])?,
+        })
+    }
+
+    /// What enters the down projection, `[rows, inner]`.
+    pub fn activation(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        silu(self.gate.apply(x.clone())) * self.up.apply(x)
+    }
+
+    /// The down projection, `[rows, hidden]`.
+    pub fn down(&self, activation: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.down.apply(activation)
+    }
+
+    /// Runs every row of every batch, shows the rows at the two sites, and hands each batch's output to `then`.
+    pub fn run_all(
+        &self,
+        context: &Context<'_, B>,
+        [enter, down]: [Site; 2],
+        batches: &[Tensor<B, 2>],
+        mut then: impl FnMut(usize, Tensor<B, 2>) -> Result<()>,
+    ) -> Result<()> {
+        let wants = |site| context.tap.wants(context.layer, site);
+        let task = |(index, x): (usize, &Tensor<B, 2>)| {
+            let activation = self.activation(x.clone());
+            let kept = wants(down).then(|| activation.clone());
+            Ok((index, kept, self.down(activation)))
+        };
+        in_blocks(context.options.in_flight, batches.iter().enumerate(), task, |(index, kept, out)| {
+            if wants(enter) {
+                context.tap.rows(context.layer, enter, &batches[index], None)?;
+            }
+            if let Some(activation) = kept {
+                context.tap.rows(context.layer, down, &activation, None)?;
+            }
+            then(index, out)
+        })?;
+        context.done([enter, down])
+    }
+}
+
+/// A block of routed experts.
+#[derive(Clone, Debug)]
+pub(super) struct MoeBlock<B: Backend> {
+    moe: Moe,
+    router: Linear<B>,
+    correction: Option<Vec<f32>>,
+    shared: Option<SharedExpert<B>>,
+    /// All routed experts, where they are held.
+    resident: Option<Vec<GatedMlp<B>>>,
+}
+
+/// An expert that every token passes.
+#[derive(Clone, Debug)]
+struct SharedExpert<B: Backend> {
+    mlp: GatedMlp<B>,
+    gate: Option<Linear<B>>,
+}
+
+/// The rows that an expert was given.
+#[derive(Clone, Debug, Default)]
+struct Load {
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+/// A chunk of an expert's weighted output, and the rows that it belongs to.
+struct Output<B: Backend> {
+    pieces: Vec<Piece>,
+    rows: Tensor<B, 2>,
+}
+
+/// Consecutive rows of a chunk that lie in one batch.
+struct Piece {
+    batch: usize,
+    /// Rows within the batch, rising.
+    rows: Vec<i32>,
+}
+
+impl<B: Backend> MoeBlock<B> {
+    pub fn load(source: &Source<'_, B>, moe: &Moe, experts: Experts) -> Result<Self> {
+        let held = || (0..moe.experts).map(|index| expert(source, moe, index)).collect::<Result<_>>();
+        Ok(Self {
+            router: source.linear(Part::Router, None, [moe.experts, source.weights.spec().hidden])?,
+            correction: moe.router.correction.then(|| correction(source, moe)).transpose()?,
+            shared: moe.shared.as_ref().map(|shared| SharedExpert::load(source, shared)).transpose()?,
+            resident: (experts == Experts::Resident).then(held).transpose()?,
+            moe: moe.clone(),
+        })
+    }
+
+    /// Adds the block's output for `normed` rows to `residual`, batch by batch `[rows, hidden]`.
+    pub fn forward(&self, context: &Context<'_, B>, normed: &[Tensor<B, 2>], residual: &mut [Tensor<B, 2>]) -> Result<()> {
+        let loads = self.choose(context, normed)?;
+        let mut shown = context.tap.wants_blocks().then(|| normed.iter().map(Tensor::zeros_like).collect::<Vec<_>>());
+        let starts = starts(normed);
+        let rows = normed.iter().map(|x| x.dims()[0]).sum();
+        for block in blocks(&loads, context.options.in_flight, rows) {
+            let task = |expert| self.run_expert(context, normed, &starts, expert, &loads[expert]);
+            for output in together(block, task)?.into_iter().flatten() {
+                add(output, residual, shown.as_deref_mut())?;
+            }
+        }
+        if let Some(shown) = &shown {
+            context.show_all("moe.routed_out", shown)?;
+        }
+        if let Some(shared) = &self.shared {
+            shared.forward(context, normed, |batch, out| {
+                accumulate(&mut residual[batch], out.clone());
+                shown.iter_mut().for_each(|shown| accumulate(&mut shown[batch], out.clone()));
+                Ok(())
+            })?;
+        }
+        shown.map_or(Ok(()), |shown| context.show_all("moe.out", &shown))
+    }
+
+    /// Routes all rows; the rows of each expert.
+    fn choose(&self, context: &Context<'_, B>, normed: &[Tensor<B, 2>]) -> Result<Vec<Load>> {
+        let mut loads = vec![Load::default(); self.moe.experts];
+        let starts = starts(normed);
+        let task = |(index, x): (usize, &Tensor<B, 2>)| {
+            let logits = values(self.router.apply(x.clone()), "router logits")?;
+            route(&self.moe, self.correction.as_deref(), logits, At { layer: context.layer, first: starts[index] })
+        };
+        in_blocks(context.options.in_flight, normed.iter().enumerate(), task, |routing| {
+            context.tap.routing(context.layer, &routing)?;
+            assign(&routing, &mut loads);
+            Ok(())
+        })?;
+        if context.tap.wants_blocks() {
+            context.show_all("moe.in", normed)?;
+        }
+        Ok(loads)
+    }
+
+    /// Runs one expert over its rows; its weighted outputs, chunk by chunk. Without rows its weights are not read.
+    fn run_expert(
+        &self,
+        context: &Context<'_, B>,
+        normed: &[Tensor<B, 2>],
+        starts: &[usize],
+        expert: usize,
+        load: &Load,
+    ) -> Result<Vec<Output<B>>> {
+        let (enter, down) = (Site::ExpertIn(expert), Site::ExpertDown(expert));
+        let mut outputs = Vec::new();
+        if !load.tokens.is_empty() {
+            let mlp = match &self.resident {
+                Some(experts) => experts[expert].clone(),
+                None => self::expert(&context.source(), &self.moe, expert)?,
+            };
+            let tap = context.tap;
+            for (tokens, weights) in load.tokens.chunks(CHUNK).zip(load.weights.chunks(CHUNK)) {
+                let pieces = pieces(tokens, starts);
+                let x = gather(normed, &pieces, context.device);
+                let routed = Routed { tokens: tokens.to_vec(), weights: weights.to_vec() };
+                if tap.wants(context.layer, enter) {
+                    tap.rows(context.layer, enter, &x, Some(&routed))?;
+                }
+                let activation = mlp.activation(x);
+                if tap.wants(context.layer, down) {
+                    tap.rows(context.layer, down, &activation, Some(&routed))?;
+                }
+                let out = mlp.down(activation);
+                tap.expert_output(context.layer, expert, &out, &routed)?;
+                let weights = Tensor::from_data(TensorData::new(routed.weights, [tokens.len(), 1]), context.device);
+                outputs.push(Output { pieces, rows: out * weights });
+            }
+        }
+        context.done([enter, down])?;
+        Ok(outputs)
+    }
+}
+
+impl<B: Backend> SharedExpert<B> {
+    fn load(source: &Source<'_, B>, shared: &Shared) -> Result<Self> {
+        let gate = || source.linear(Part::SharedGate, None, [1, source.weights.spec().hidden]);
+        Ok(Self { mlp: GatedMlp::load(source, Part::Shared, shared.inner)?, gate: shared.gated.then(gate).transpose()? })
+    }
+
+    /// Runs every row and hands each batch's output to `then`.
+    fn forward(
+        &self,
+        context: &Context<'_, B>,
+        normed: &[Tensor<B, 2>],
+        mut then: impl FnMut(usize, Tensor<B, 2>) -> Result<()>,
+    ) -> Result<()> {
+        self.mlp.run_all(context, [Site::SharedIn, Site::SharedDown], normed, |batch, out| match &self.gate {
+            Some(gate) => then(batch, out * sigmoid(gate.apply(normed[batch].clone()))),
+            None => then(batch, out),
+        })
+    }
+}
+
+/// Reads the selection bias, `[experts]`.
+fn correction<B: Backend>(source: &Source<'_, B>, moe: &Moe) -> Result<Vec<f32>> {
+    let role = Role::Layer(source.layer, Part::RouterCorrection);
+    let bias = source.weights.vector(role)?;
+    check(role, &[moe.experts], bias.shape())?;
+    Ok(bias.to_vec())
+}
+
+/// Reads one routed expert.
+fn expert<B: Backend>(source: &Source<'_, B>, moe: &Moe, expert: usize) -> Result<GatedMlp<B>> {
+    GatedMlp::load(source, |projection| Part::Expert(expert, projection), moe.inner)
+}
+
+/// The values of a tensor, row by row.
+pub(crate) fn values<B: Backend, const D: usize>(x: Tensor<B, D>, what: &'static str) -> Result<Vec<f32>> {
+    let failed = |message: String| Error::Device { what, message };
+    let data = x.try_into_data().map_err(|e| failed(format!("{e:?}")))?;
+    data.convert::<f32>().into_vec().map_err(|e| failed(format!("{e:?}")))
+}
+
+/// First row of each batch over all samples.
+fn starts<B: Backend>(batches: &[Tensor<B, 2>]) -> Vec<usize> {
+    let mut next = 0;
+    let mut starts = Vec::with_capacity(batches.len());
+    for batch in batches {
+        starts.push(next);
+        next += batch.dims()[0];
+    }
+    starts
+}
+
+/// Hands a batch's rows to the experts they chose.
+fn assign(routing: &Routing, loads: &mut [Load]) {
+    let chosen = routing.chosen.chunks_exact(routing.top_k).zip(routing.weights.chunks_exact(routing.top_k));
+    for (row, (experts, weights)) in chosen.enumerate() {
+        for (&expert, &weight) in experts.iter().zip(weights) {
+            let load = &mut loads[expert as usize];
+            load.tokens.push((routing.first + row) as u32);
+            load.weights.push(weight);
+        }
+    }
+}
+
+/// Cuts the experts, in order, into blocks of at most `in_flight` that together were given no more than `cap` rows, or one
+/// expert. With all rows as the cap, the outputs that wait are at most one more copy of the hidden states.
+fn blocks(loads: &[Load], in_flight: usize, cap: usize) -> Vec<Vec<usize>> {
+    let mut blocks: Vec<Vec<usize>> = Vec::new();
+    let mut rows = 0;
+    for (expert, load) in loads.iter().enumerate() {
+        match blocks.last_mut() {
+            Some(block) if block.len() < in_flight && rows + load.tokens.len() <= cap => block.push(expert),
+            _ => {
+                blocks.push(vec![expert]);
+                rows = 0;
+            }
+        }
+        rows += load.tokens.len();
+    }
+    blocks
+}
+
+/// Cuts rising rows over all samples at the bounds of the batches.
+fn pieces(tokens: &[u32], starts: &[usize]) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for &token in tokens {
+        let batch = starts.partition_point(|&start| start <= token as usize) - 1;
+        let row = (token as usize - starts[batch]) as i32;
+        match pieces.last_mut() {
+            Some(piece) if piece.batch == batch => piece.rows.push(row),
+            _ => pieces.push(Piece { batch, rows: vec![row] }),
+        }
+    }
+    pieces
+}
+
+/// Rows within a batch as an index tensor.
+fn index<B: Backend>(rows: &[i32], device: &B::Device) -> Tensor<B, 1, Int> {
+    Tensor::from_data(TensorData::new(rows.to_vec(), [rows.len()]), device)
+}
+
+/// Collects the rows of the pieces, `[rows, hidden]`.
+fn gather<B: Backend>(batches: &[Tensor<B, 2>], pieces: &[Piece], device: &B::Device) -> Tensor<B, 2> {
+    let mut parts: Vec<_> = pieces.iter().map(|piece| batches[piece.batch].clone().select(0, index(&piece.rows, device))).collect();
+    if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 0) }
+}
+
+/// Adds an expert's output to the rows that it belongs to.
+fn add<B: Backend>(output: Output<B>, residual: &mut [Tensor<B, 2>], mut shown: Option<&mut [Tensor<B, 2>]>) -> Result<()> {
+    let mut first = 0;
+    for piece in &output.pieces {
+        let values = output.rows.clone().narrow(0, first, piece.rows.len());
+        first += piece.rows.len();
+        if let Some(shown) = &mut shown {
+            scatter(&mut shown[piece.batch], &piece.rows, values.clone())?;
+        }
+        scatter(&mut residual[piece.batch], &piece.rows, values)?;
+    }
+    Ok(())
+}
+
+/// `into[rows] += values`.
+///
+/// On the CPU in plain Rust: burn's flex copies the whole target for every call (0.21), here it is taken apart and put
+/// together without a copy.
+fn scatter<B: Backend>(into: &mut Tensor<B, 2>, rows: &[i32], added: Tensor<B, 2>) -> Result<()> {
+    let device = into.device();
+    let target = std::mem::replace(into, Tensor::empty([1, 1], &device));
+    if !on_cpu::<B>() {
+        *into = target.select_assign(0, index(rows, &device), added, IndexingUpdateOp::Add);
+        return Ok(());
+    }
+    let width = target.dims()[1];
+    let shape = target.dims();
+    let mut sums = values(target, "hidden states")?;
+    let added = values(added, "an expert's output")?;
+    for (&row, added) in rows.iter().zip(added.chunks_exact(width)) {
+        let sums = &mut sums[row as usize * width..][..width];
+        sums.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
+    }
+    *into = Tensor::from_data(TensorData::new(sums, shape), &device);
+    Ok(())
+}
+
+/// `into += added`, in place.
+pub(super) fn accumulate<B: Backend>(into: &mut Tensor<B, 2>, added: Tensor<B, 2>) {
+    let device = into.device();
+    let target = std::mem::replace(into, Tensor::empty([1, 1], &device));
+    *into = target + added;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Cpu;
+
+    fn load(rows: usize) -> Load {
+        Load { tokens: (0..rows as u32).collect(), weights: vec![1.0; rows] }
+    }
+
+    #[test]
+    fn blocks_hold_no_more_rows_than_there_are() {
+        // 10 rows: 6 + 4 fit together, then 3, and 10 with the empty ones, which cost nothing.
+        let loads = [6, 4, 3, 10, 0, 0].map(load);
+        assert_eq!(blocks(&loads, 4, 10), [vec![0, 1], vec![2], vec![3, 4, 5]]);
+        assert_eq!(blocks(&loads, 1, 10).len(), 6);
+    }
+
+    #[test]
+    fn pieces_end_where_batches_end() {
+        let pieces = pieces(&[0, 3, 4, 9], &[0, 4, 8]);
+        let found: Vec<_> = pieces.iter().map(|p| (p.batch, p.rows.as_slice())).collect();
+        assert_eq!(found, [(0, [0, 3].as_slice()), (1, &[0]), (2, &[1])]);
+    }
+
+    #[test]
+    fn scatter_adds_to_its_rows_alone() {
+        let device = Default::default();
+        let mut into = Tensor::<Cpu, 2>::from_data([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], &device);
+        scatter(&mut into, &[2, 0], Tensor::from_data([[10.0, 20.0], [30.0, 40.0]], &device)).unwrap();
+        assert_eq!(into.into_data().to_vec::<f32>().unwrap(), [31.0, 42.0, 3.0, 4.0, 15.0, 26.0]);
+    }
+}
