@@ -33,7 +33,8 @@ use rayon::prelude::*;
 pub use output::{contents_of, write};
 
 use crate::plan::{Plan, Solver as Who};
-use crate::quantize::rtn::rtn;
+use crate::quantize::Quantizer;
+use crate::quantize::rtn::{self, rtn};
 use crate::solved::{By, LayerFile, Report, Solved};
 use crate::{Error, Result};
 use work::Job;
@@ -60,7 +61,7 @@ pub struct Outcome {
 ///
 /// # Errors
 ///
-/// [`Error::OtherModel`], [`Error::PlanMisfit`], [`Error::OtherPlan`], [`Error::NoSamples`] before any work; [`Error::NoTokens`]; whatever
+/// [`Error::OtherModel`], [`Error::PlanMisfit`], [`Error::OtherPlan`], [`Error::NoSamples`] before any work; [`Error::Unreached`]; whatever
 /// reading the model, the forward pass, a quantizer or writing brings up.
 pub fn solve(
     model: &Model,
@@ -141,14 +142,24 @@ fn declared<'a>(jobs: &[Job<'a>]) -> Vec<(&'a str, [usize; 2], &'a crate::plan::
 /// Rounds the matrices that need no tokens, a few at a time.
 fn round(model: &Model, plan: &Plan, jobs: &[Job<'_>], file: &LayerFile) -> Result<()> {
     let jobs: Vec<Job<'_>> = jobs.iter().filter(|job| !job.needs_tokens(plan)).cloned().collect();
+    let params = rounding(plan);
     let largest = jobs.iter().map(Job::weights).max().unwrap_or(0);
     for run in work::runs(&jobs, 2 * largest) {
         run.par_iter().try_for_each(|job| {
-            let matrix = rtn(model.matrix(job.role)?.view(), &job.how.width())?;
+            let matrix = rtn(model.matrix(job.role)?.view(), &job.how.width(), &params)?;
             file.put(job.name, &matrix, &Report { by: By::Rtn, solved: None })
         })?;
     }
     Ok(())
+}
+
+/// The knobs of rounding: the plan's own, or GPTQ's search for scales where the plan rounds what it cannot solve.
+fn rounding(plan: &Plan) -> rtn::Params {
+    match &plan.quantizer {
+        Some(Quantizer::Rtn(params)) => params.clone(),
+        Some(Quantizer::Gptq(params)) => rtn::Params { clips: params.clips },
+        None => rtn::Params::default(),
+    }
 }
 
 fn outcome(solved: &Solved, layers: &[Vec<Job<'_>>], resumed: usize) -> Result<Outcome> {

@@ -12,11 +12,12 @@ use calib::arch::Site;
 use calib::forward::{Routed, Tap, values};
 use calib::stats::Moment;
 use calib::{Model, Weights};
+use kernels::Group;
 use ndarray::ArrayView2;
 
 use super::work::Job;
 use crate::plan::Plan;
-use crate::quantize::factor::Factor;
+use crate::quantize::factor::factorize;
 use crate::quantize::{Kept, Quantizer, Solved, gptq};
 use crate::solved::{Account, By, LayerFile, Report};
 use crate::{Error, Result};
@@ -59,9 +60,10 @@ impl<'a> Solver<'a> {
     fn solve(&self, site: Site) -> Result<()> {
         let Some(jobs) = self.jobs.get(&site) else { return Ok(()) };
         let Some(moment) = self.take(site).filter(|moment| moment.tokens() > 0) else {
-            return Err(Error::NoTokens { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
+            return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
         };
-        let factor = Factor::new(moment.into_matrix(), self.params)?;
+        let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
+        let factor = factorize(moment.into_matrix(), &groups, self.params)?;
         for job in jobs {
             let w = self.model.matrix(job.role)?;
             let solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;

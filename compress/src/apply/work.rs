@@ -1,7 +1,7 @@
 //! A plan read against its model: the matrices to solve, layer by layer.
 
-use calib::Model;
 use calib::arch::{Role, Site};
+use calib::{Model, Weights};
 
 use crate::plan::{Action, Plan, Quantize, Solver};
 use crate::{Error, Result};
@@ -13,8 +13,6 @@ pub struct Job<'a> {
     pub name: &'a str,
     /// Its role.
     pub role: Role,
-    /// The decoder layer it stands in.
-    pub layer: usize,
     /// Where its inputs come from.
     pub site: Site,
     /// `[out, in]`.
@@ -61,7 +59,7 @@ pub fn by_layer<'a>(model: &Model, plan: &'a Plan) -> Result<Vec<Vec<Job<'a>>>> 
             return Err(misfit(name, "the plan quantizes it, but it is no matrix of a decoder layer"));
         };
         let site = part.site().ok_or_else(|| misfit(name, "the plan quantizes it, but it is no Linear matrix of a decoder layer"))?;
-        layers[layer].push(Job { name, role, layer, site, shape, how });
+        layers[layer].push(Job { name, role, site, shape, how });
     }
     Ok(layers)
 }

@@ -25,8 +25,9 @@ struct Template {
 pub fn targets(wanted: &BTreeSet<&str>, all: &BTreeSet<&str>) -> Vec<String> {
     let everything = by_template(all);
     let mut exact = Vec::new();
-    // Projections that stand at the same places share one expression.
-    let mut shared: BTreeMap<(Vec<Option<String>>, String, String), BTreeSet<String>> = BTreeMap::new();
+    // Projections that stand at the same places share one expression: stem, layers, experts, and the last segments.
+    type Key = (Vec<Option<String>>, String, String);
+    let mut shared: BTreeMap<Key, BTreeSet<String>> = BTreeMap::new();
     for (template, places) in by_template(wanted) {
         let Some(places) = places else {
             exact.extend(wanted.iter().filter(|name| split(name).0 == template).map(|name| (*name).to_owned()));

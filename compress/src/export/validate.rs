@@ -193,8 +193,12 @@ fn groups(contents: &Contents<'_>, config: &Value, problems: &mut Vec<String>) {
             None => expressions.push((target, None, 0)),
         }
     }
+    // A bias stands beside its packed weight, in the same module.
+    let mut modules: BTreeMap<&str, bool> = BTreeMap::new();
     for tensor in &contents.tensors {
-        let module = tensor.module();
+        *modules.entry(tensor.module()).or_default() |= tensor.scheme().is_some();
+    }
+    for (module, quantized) in modules {
         let mut matched = 0;
         for (target, regex, hits) in &mut expressions {
             if regex.as_ref().map_or(*target == module, |regex| regex.find(module).is_some_and(|found| found.start() == 0)) {
@@ -202,7 +206,7 @@ fn groups(contents: &Contents<'_>, config: &Value, problems: &mut Vec<String>) {
                 *hits += 1;
             }
         }
-        let wanted = usize::from(tensor.scheme().is_some());
+        let wanted = usize::from(quantized);
         if matched != wanted {
             problems.push(format!("{module} matches {matched} targets of config_groups, not {wanted}"));
         }

@@ -12,7 +12,7 @@ use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Allocate, Glob};
-use crate::quantize::{Grid, Quantizer};
+use crate::quantize::{self, Grid, Quantizer};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
@@ -70,6 +70,13 @@ pub struct Quantize {
     /// Input channels that no calibration token excited: their weights are rounded, not solved.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub dead_channels: usize,
+}
+
+impl Quantize {
+    /// What a quantizer is asked for.
+    pub fn width(&self) -> quantize::Width {
+        quantize::Width { bits: self.bits, group: self.group, scale_type: self.scale, grid: self.grid }
+    }
 }
 
 /// Who chooses the codes of one matrix.
