@@ -109,9 +109,7 @@ impl Create {
             entries.insert(name, entry);
         }
         let mut text = serde_json::Value::Object(header).to_string();
-        while text.len() % 8 != 0 {
-            text.push(' ');
-        }
+        text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
         let temporary = temporary(path);
         let mut file = File::create(&temporary)?;
         file.write_all(&(text.len() as u64).to_le_bytes())?;
