@@ -97,7 +97,12 @@ pub fn run(pass: &Pass<'_>, device: Device) -> Result<Manifest> {
     let manifest = pass.manifest();
     if let Some(found) = pass.store.manifest()? {
         let path = pass.store.dir().join("manifest.json");
-        return if found == manifest { Ok(found) } else { Err(Error::Changed { path, what: difference(&found, &manifest) }) };
+        if found != manifest {
+            return Err(Error::Changed { path, what: difference(&found, &manifest) });
+        }
+        // A run that was killed behind its manifest may have left them.
+        pass.snapshots().remove()?;
+        return Ok(found);
     }
     device.run(*pass)?;
     pass.store.finish(&manifest)?;
