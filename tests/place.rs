@@ -89,7 +89,7 @@ impl Place {
             for entry in fs_err::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
                 if entry.is_dir() {
                     folders.push(entry);
-                } else if !entry.extension().is_some_and(|e| e == "done") && !entry.ends_with("moepress/lock") {
+                } else if entry.extension().is_none_or(|e| e != "done") && !entry.ends_with("moepress/lock") {
                     let name = entry.strip_prefix(&top).unwrap().to_string_lossy().into_owned();
                     found.insert(name, fs_err::read(&entry).unwrap());
                 }
