@@ -92,7 +92,8 @@ pub enum Error {
 
     /// The checkpoint is quantized in a way that the reader does not convert.
     #[error(
-        "config.json: quantization_config with quant_method {method} is not supported as an input; supported: fp8 (block-scaled), or the unquantized original"
+        "config.json: quantization_config with quant_method {method} is not supported as an input; \
+         take the original, unquantized or in block-scaled fp8"
     )]
     Quantized {
         /// `quant_method`, as JSON.

@@ -126,15 +126,8 @@ impl Model {
     /// The stored bytes by kind, FP8 scales with their tensors.
     #[must_use]
     pub fn bytes_by_kind(&self) -> BTreeMap<Kind, u64> {
-        let mut sums = BTreeMap::new();
-        for info in self.checkpoint.tensors() {
-            let own = self.layout.role(&info.name);
-            let role = own.or_else(|| self.layout.role(info.name.strip_suffix("_scale_inv")?));
-            if let Some(role) = role {
-                *sums.entry(role.kind()).or_default() += info.bytes.end - info.bytes.start;
-            }
-        }
-        sums
+        let stored = |name: &str| self.checkpoint.info(name).map_or(0, |info| info.bytes.end - info.bytes.start);
+        self.layout.sum_by_kind(|tensor| stored(&tensor.name) + stored(&format!("{}_scale_inv", tensor.name)))
     }
 
     fn name(&self, role: Role) -> Result<&str> {
@@ -175,4 +168,94 @@ fn tied_head(checkpoint: &Checkpoint, family: &Family, layout: &Layout) -> Resul
         return Ok(());
     }
     Err(Error::TiedHead { head, embedding: embedding.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::arch::expected;
+    use crate::checkpoint::{Declared, SHARD_BYTES, Writer};
+    use crate::tensor::Dtype;
+
+    /// Four experts of width 2 on a hidden size of 4, two a token; tied or not.
+    fn config(tied: bool) -> Value {
+        json!({
+            "model_type": "qwen3_moe", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 6, "moe_intermediate_size": 2,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "num_experts": 4,
+            "num_experts_per_tok": 2, "mlp_only_layers": [0], "tie_word_embeddings": tied, "attn_temperature": 2,
+        })
+    }
+
+    /// Writes a checkpoint whose elements count up over the whole file, and further tensors as they are given.
+    fn write(config: &Value, more: &[(&str, Vec<usize>, f32)]) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let resolved = resolve(config).unwrap();
+        let shape = |axes: Vec<crate::arch::Axis>| axes.iter().map(|axis| axis.size).collect::<Vec<_>>();
+        let mut tensors: Vec<(String, Vec<usize>, f32)> =
+            expected(resolved.family, &resolved.spec).map(|(_, name, axes)| (name, shape(axes), 0.0)).collect();
+        let mut next = 0.0;
+        for (_, shape, first) in &mut tensors {
+            *first = next;
+            next += shape.iter().product::<usize>() as f32;
+        }
+        tensors.extend(more.iter().map(|(name, shape, first)| ((*name).to_owned(), shape.clone(), *first)));
+        let declared =
+            |(name, shape, _): &(String, Vec<usize>, f32)| Declared { name: name.clone(), dtype: Dtype::F32, shape: shape.clone() };
+        let mut writer = Writer::create(dir.path(), tensors.iter().map(declared).collect(), SHARD_BYTES, BTreeMap::new()).unwrap();
+        for (name, shape, first) in &tensors {
+            let values = (0..shape.iter().product::<usize>()).flat_map(|at| (first + at as f32).to_le_bytes());
+            writer.put(name, &values.collect::<Vec<u8>>()).unwrap();
+        }
+        writer.finish().unwrap();
+        dir
+    }
+
+    #[test]
+    fn parameters_by_hand() {
+        let model = Model::open(write(&config(false), &[]).path()).unwrap();
+        // A layer: norms 4 + 4, query and output 2 · 4 · 4, key and value 2 · 2 · 4, their norms 2 + 2: 60.
+        // Dense MLP 3 · 6 · 4 = 72; router 4 · 4 = 16; an expert 3 · 2 · 4 = 24. Embedding and head 2 · 8 · 4 = 64, last norm 4.
+        let total = 2 * 60 + 72 + 16 + 4 * 24 + 64 + 4;
+        assert_eq!(model.parameters(), Parameters { total, active: total - 2 * 24, mtp: 0 });
+        let bytes = model.bytes_by_kind();
+        assert_eq!((bytes[&Kind::Expert], bytes[&Kind::Router], bytes[&Kind::Dense]), (4 * 24 * 4, 64, 288));
+        assert_eq!(bytes.values().sum::<u64>(), 4 * total);
+        assert_eq!(model.unknown_keys(), ["attn_temperature"]);
+    }
+
+    #[test]
+    fn an_expert_is_read_by_its_number() {
+        let model = Model::open(write(&config(false), &[]).path()).unwrap();
+        let first = model.expert(1, 0).unwrap();
+        assert_eq!((first.gate.dim(), first.up.dim(), first.down.dim()), ((2, 4), (2, 4), (4, 2)));
+        assert_eq!(first.up[[0, 0]] - first.gate[[0, 0]], 8.0);
+        assert_eq!(model.expert(1, 3).unwrap().down[[3, 1]] - first.gate[[0, 0]], 4.0 * 24.0 - 1.0);
+        for (layer, expert) in [(0, 0), (1, 4), (2, 0)] {
+            assert!(matches!(model.expert(layer, expert), Err(Error::NoSuchRole { .. })));
+        }
+    }
+
+    #[test]
+    fn a_stored_head_that_the_config_ties_has_to_be_the_embedding() {
+        let tied = Model::open(write(&config(true), &[]).path()).unwrap();
+        let copied = Model::open(write(&config(true), &[("lm_head.weight", vec![8, 4], 0.0)]).path()).unwrap();
+        assert_eq!(tied.parameters(), copied.parameters());
+        assert_eq!(copied.layout().buffers().collect::<Vec<_>>(), ["lm_head.weight"]);
+        let Err(error) = Model::open(write(&config(true), &[("lm_head.weight", vec![8, 4], 1.0)]).path()) else {
+            panic!("opened a model with two heads");
+        };
+        assert!(error.to_string().contains("differs from model.embed_tokens.weight"), "{error}");
+    }
+
+    #[test]
+    fn an_input_quantized_in_another_way_is_refused() {
+        let mut quantized = config(false);
+        quantized["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
+        let Err(error) = Model::open(write(&quantized, &[]).path()) else { panic!("opened a gptq checkpoint") };
+        assert!(error.to_string().contains("quant_method \"gptq\""), "{error}");
+    }
 }

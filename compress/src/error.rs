@@ -260,6 +260,57 @@ pub enum Error {
     },
 
     // ---- run, cli ----
+    /// An output directory that another process works on.
+    #[error("another moepress is at work in {}; wait for it, or give another directory with --out", out.display())]
+    Busy {
+        /// The directory.
+        out: PathBuf,
+    },
+
+    /// An output directory of another recipe, model or corpus.
+    #[error(
+        "{} holds the work of another run:{}\ngive another directory with --out, or start over with --force", out.display(), listed(differences)
+    )]
+    Differs {
+        /// The directory.
+        out: PathBuf,
+        /// What is not the same, in words.
+        differences: Vec<String>,
+    },
+
+    /// A checkpoint without data where data are needed.
+    #[error("{} is a shape-only checkpoint: it has no data to {verb}; inspect, check and plan take it", dir.display())]
+    ShapeOnly {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// What was to be done.
+        verb: &'static str,
+    },
+
+    /// An output directory that holds the model.
+    #[error("the model {} lies inside the output directory {}, where it might be overwritten; give another directory with --out", model.display(), out.display())]
+    ModelInside {
+        /// The model.
+        model: PathBuf,
+        /// The output directory.
+        out: PathBuf,
+    },
+
+    /// Token ids that are not a list of equally long lists.
+    #[error("{}: {what}; give a JSON list of token ids, or a list of equally long lists", path.display())]
+    TokenIds {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        what: String,
+    },
+
+    /// An output that is not written yet.
+    #[error("{} has no output yet; run `moepress apply` to its end first", out.display())]
+    NoOutput {
+        /// The directory.
+        out: PathBuf,
+    },
 }
 
 fn plural(count: usize, one: &str, many: &str) -> String {

@@ -7,14 +7,16 @@
 pub mod allocate;
 pub mod apply;
 pub mod cli;
+pub mod dump;
 mod error;
 pub mod export;
 pub mod packed;
 pub mod plan;
 pub mod quantize;
 pub mod recipe;
+pub mod report;
+pub mod run;
 pub mod solved;
 pub mod tensorfile;
-pub mod report;
 
 pub use error::{Error, Result};

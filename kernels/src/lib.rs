@@ -9,6 +9,7 @@ pub mod dequant;
 mod error;
 pub mod pack;
 mod quantized;
+pub mod simd;
 
 pub use error::{Error, Result};
 pub use quantized::{Group, QuantizedMatrix, ScaleType, Zeros};

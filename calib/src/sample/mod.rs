@@ -11,8 +11,8 @@ use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
+use crate::checkpoint::Fingerprint;
 use crate::corpus::{Corpus, Text};
 use crate::{Error, Result};
 
@@ -84,20 +84,17 @@ pub struct Samples {
 }
 
 impl Samples {
-    /// SHA-256 over the domains, the window length and every token id, in order; hex.
+    /// A hash of the domains, the window length and every token id, in order; hex.
     pub fn hash(&self) -> String {
-        let mut sha = Sha256::new();
-        sha.update(b"moepress samples 1");
-        sha.update((self.tokens as u64).to_le_bytes());
+        let mut hash = Fingerprint::of("samples").number(self.tokens as u64).number(self.domains.len() as u64);
         for name in &self.domains {
-            sha.update((name.len() as u64).to_le_bytes());
-            sha.update(name);
+            hash = hash.field(name.as_bytes());
         }
         for (ids, &domain) in self.ids.iter().zip(&self.domain) {
-            sha.update((domain as u64).to_le_bytes());
-            sha.update(ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<_>>());
+            let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+            hash = hash.number(domain as u64).field(&bytes);
         }
-        sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hash.finish()
     }
 
     /// Tokens over all samples.

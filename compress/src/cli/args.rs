@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use calib::device::DeviceChoice;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -23,7 +24,7 @@ pub(super) struct Cli {
 pub(super) struct Global {
     /// Where the model runs: cpu, cuda, cuda:N or auto (cuda where there is one)
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
-    pub device: String,
+    pub device: DeviceChoice,
     /// Threads to use; the result does not depend on it [default: one a core]
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<std::num::NonZeroUsize>,

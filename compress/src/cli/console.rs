@@ -4,7 +4,11 @@ use std::io::IsTerminal as _;
 
 use indicatif::MultiProgress;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 use super::args::{Global, LogFormat};
 use super::progress::{Bars, Lines};
@@ -37,13 +41,17 @@ impl Console {
             _ => LevelFilter::TRACE,
         };
         let bars = if let Self::Terminal(bars) = &console { Some(bars.clone()) } else { None };
-        let log = tracing_subscriber::fmt().with_max_level(level).with_target(false).with_writer(Stderr(bars));
-        let set = match global.log_format {
-            LogFormat::Text => tracing::subscriber::set_global_default(log.without_time().finish()),
-            LogFormat::Json => tracing::subscriber::set_global_default(log.json().flatten_event(true).finish()),
+        // Of other crates only what is wrong.
+        let ours = ["compress", "calib", "kernels"].map(|name| (name, level));
+        let filter = Targets::new().with_default(LevelFilter::WARN).with_targets(ours);
+        let colors = matches!(console, Self::Terminal(_)) && std::env::var_os("NO_COLOR").is_none();
+        let log = tracing_subscriber::fmt::layer().with_target(false).with_ansi(colors).with_writer(Stderr(bars));
+        let log = match global.log_format {
+            LogFormat::Text => log.without_time().boxed(),
+            LogFormat::Json => log.json().flatten_event(true).boxed(),
         };
-        // A second subscriber can only come from a test that calls this twice; the first one serves.
-        let _ = set;
+        // Refused where there is one already, which then serves.
+        let _ = tracing_subscriber::registry().with(log.with_filter(filter)).try_init();
         console
     }
 

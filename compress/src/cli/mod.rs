@@ -4,24 +4,24 @@
 //! standard output that goes away is not an error.
 
 mod args;
+mod commands;
 mod console;
 mod error;
+mod inspect;
 mod progress;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
-use crate::Result;
-use crate::recipe::{self, Loaded};
-use args::{Cli, Command, RecipeArgs};
+use args::Cli;
 
 /// Parses the command line, does what it says, and gives the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let console = console::Console::new(&cli.global);
-    match run(&cli, &console).and_then(|text| Ok(print(&text)?)) {
+    match commands::run(&cli, &console).and_then(|text| Ok(print(&text)?)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error::show(&error, &cli.global);
@@ -37,30 +37,4 @@ fn print(text: &str) -> std::io::Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
     }
-}
-
-/// Does what a command says and gives what is to be printed.
-fn run(cli: &Cli, console: &console::Console) -> Result<String> {
-    let _ = console;
-    match &cli.command {
-        Command::Check(args) => check(args),
-        Command::Inspect(_) | Command::Run(_) | Command::Calibrate(_) | Command::Plan(_) | Command::Apply(_) | Command::Eval(_) => Ok(String::new()),
-        Command::Schema => Ok(recipe::schema().map_err(std::io::Error::from)?),
-        Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "moepress", &mut script);
-            Ok(String::from_utf8_lossy(&script).into_owned())
-        }
-    }
-}
-
-fn load(args: &RecipeArgs) -> Result<Loaded> {
-    let overrides = recipe::Overrides { model: args.model.clone(), out: args.out.clone(), set: args.set.clone() };
-    Ok(recipe::load(&args.recipe, &overrides)?)
-}
-
-fn check(args: &RecipeArgs) -> Result<String> {
-    let loaded = load(args)?;
-    let problems = recipe::check_values(&loaded);
-    if problems.is_empty() { Ok(String::new()) } else { Err(loaded.source.invalid(problems).into()) }
 }

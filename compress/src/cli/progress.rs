@@ -81,7 +81,7 @@ impl Progress for Lines {
         self.stage(|stage| {
             let Some(stage) = stage else { return };
             stage.done += steps;
-            if stage.said.elapsed() < BETWEEN {
+            if stage.said.elapsed() < BETWEEN || stage.done >= stage.total {
                 return;
             }
             stage.said = Instant::now();

@@ -34,6 +34,9 @@ use crate::{Error, Result};
 /// Largest shard, in bytes.
 const SHARD_BYTES: u64 = 5_000_000_000;
 
+/// Every format's name, in the fixed order.
+pub const NAMES: [&str; 2] = ["compressed_tensors", "dense"];
+
 /// The formats to write, each with its knobs. The first of the order below lies at the top of the output directory, every
 /// further one in a folder of its name.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

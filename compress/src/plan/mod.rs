@@ -6,6 +6,7 @@ mod shape;
 mod summary;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use calib::arch::{Part, Role};
 use kernels::{Group, ScaleType};
@@ -120,6 +121,15 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
         quantizer,
     })
+}
+
+/// Reads a plan.
+///
+/// # Errors
+///
+/// An IO error; [`Error::Json`] if the file is not a plan.
+pub fn read(path: &Path) -> Result<Plan> {
+    serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })
 }
 
 /// The one width of a uniform plan.

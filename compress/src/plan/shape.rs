@@ -2,8 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use calib::Model;
 use calib::arch::{Part, Role, Site};
+use calib::stats::Store;
+use calib::tensor::Dtype;
 use kernels::ScaleType;
+
+use crate::Result;
 
 /// A checkpoint as far as a plan depends on it: its tensors, without their data.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +32,50 @@ pub struct Tensor {
     pub scale: ScaleType,
     /// Bytes that it takes in the checkpoint, FP8 scales included.
     pub bytes: u64,
+}
+
+impl Shape {
+    /// The shape of an open model.
+    pub fn of(model: &Model) -> Self {
+        let checkpoint = model.checkpoint();
+        let bytes = |name: &str| checkpoint.info(name).map_or(0, |info| info.bytes.end - info.bytes.start);
+        let tensor = |claimed: &calib::arch::Claimed| Tensor {
+            name: claimed.name.clone(),
+            shape: claimed.shape.clone(),
+            role: claimed.role,
+            scale: match checkpoint.info(&claimed.name).map(|info| info.dtype) {
+                Some(Dtype::F16) => ScaleType::F16,
+                _ => ScaleType::Bf16,
+            },
+            bytes: bytes(&claimed.name) + bytes(&format!("{}_scale_inv", claimed.name)),
+        };
+        let mut tensors: Vec<Tensor> = model.layout().tensors().iter().map(tensor).collect();
+        tensors.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        Self { fingerprint: checkpoint.fingerprint().to_owned(), tensors }
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+}
+
+impl Measured {
+    /// Reads what a finished calibration pass left.
+    ///
+    /// # Errors
+    ///
+    /// An IO error, or a file that is not one of these.
+    pub fn read(store: &Store, corpus: String, layers: usize) -> Result<Self> {
+        let mut sites = BTreeMap::new();
+        for layer in 0..layers {
+            for (site, sums) in store.get(layer)?.channels {
+                let dead = sums.squares.iter().filter(|square| **square == 0.0).count();
+                sites.insert((layer, site), Seen { rows: sums.tokens, dead });
+            }
+        }
+        Ok(Self { corpus, sites })
+    }
 }
 
 impl Tensor {

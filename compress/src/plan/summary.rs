@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use calib::arch::{Part, Role};
 use kernels::ScaleType;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Action, Plan, Quantize, Shape, Solver};
 
 /// A plan in numbers.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Summary {
     /// Matrices that are quantized.
     pub matrices: usize,
@@ -19,12 +19,16 @@ pub struct Summary {
     pub bytes_before: u64,
     /// Bytes of their codes and scales.
     pub bytes_after: u64,
-    /// Bytes of everything else that is carried over.
+    /// Tensors carried over.
+    pub kept: usize,
+    /// Bytes of them.
     pub bytes_kept: u64,
-    /// Matrices that `exclude` names.
+    /// Matrices among them that `exclude` names.
     pub excluded: usize,
     /// Tensors left out.
     pub dropped: usize,
+    /// Bytes of them.
+    pub bytes_dropped: u64,
     /// Experts that are rounded to nearest because no token reached them.
     pub rounded_experts: usize,
     /// Input channels that no token excited, each counted once for all matrices that it enters.
@@ -56,8 +60,12 @@ impl Plan {
                     }
                     dead.insert((layer, part.site()), q.dead_channels);
                 }
-                Some(Action::Drop { .. }) => sum.dropped += 1,
+                Some(Action::Drop { .. }) => {
+                    sum.dropped += 1;
+                    sum.bytes_dropped += tensor.bytes;
+                }
                 _ => {
+                    sum.kept += 1;
                     sum.excluded += usize::from(tensor.role.is_quantizable());
                     sum.bytes_kept += tensor.bytes;
                 }

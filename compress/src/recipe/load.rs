@@ -84,6 +84,19 @@ impl Source {
     }
 }
 
+/// The same path as a person would write it: without detours, from the working directory where it lies below it.
+fn plain(path: &Path) -> PathBuf {
+    let there = path.ancestors().find_map(|dir| Some((dir, fs_err::canonicalize(if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).ok()?)));
+    let Some((dir, there)) = there else { return path.to_owned() };
+    let whole = path.strip_prefix(dir).map_or_else(|_| path.to_owned(), |rest| there.join(rest));
+    let here = std::env::current_dir().and_then(fs_err::canonicalize).ok();
+    match here.and_then(|here| whole.strip_prefix(here).ok().map(Path::to_owned)) {
+        Some(below) if below.as_os_str().is_empty() => PathBuf::from("."),
+        Some(below) => below,
+        None => whole,
+    }
+}
+
 type Entry<'a, 'i> = (&'a Spanned<toml::de::DeString<'i>>, &'a Spanned<DeValue<'i>>);
 
 fn entry<'a, 'i>(table: &'a DeTable<'i>, key: &str) -> Option<Entry<'a, 'i>> {
@@ -122,7 +135,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Loaded, Invalid> {
             })?;
     }
     let home = path.parent().unwrap_or(Path::new(""));
-    recipe.each_path(|path| *path = home.join(&path));
+    recipe.each_path(|path| *path = plain(&home.join(&path)));
     for (key, given, held) in [("model", &overrides.model, &mut recipe.model), ("out", &overrides.out, &mut recipe.out)] {
         if given.is_some() {
             held.clone_from(given);
@@ -163,7 +176,11 @@ mod tests {
         let path = dir.path().join("r.toml");
         fs_err::write(&path, TEXT).unwrap();
         let loaded = load(&path, &Overrides::default()).unwrap();
-        assert_eq!(loaded.recipe.model, Some(dir.path().join("../m")));
+        // The directory is not below the working one, so what is left is the path without its detour.
+        let parent = fs_err::canonicalize(dir.path()).unwrap().parent().unwrap().to_owned();
+        assert_eq!(loaded.recipe.model, Some(parent.join("m")));
+        assert_eq!(plain(Path::new("src/../absent")), Path::new("absent"));
+        assert_eq!(plain(Path::new("src/..")), Path::new("."));
         assert_eq!(loaded.recipe.out, Some("/o".into()));
         let overrides = Overrides { out: Some("here".into()), set: vec!["calibrate.corpus=[\"x.txt\"]".into()], ..Overrides::default() };
         let loaded = load(&path, &overrides).unwrap();

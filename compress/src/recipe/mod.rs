@@ -12,6 +12,7 @@ mod set;
 
 use std::path::PathBuf;
 
+use calib::evaluate::Evaluate;
 use calib::sample::Calibrate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -55,24 +56,4 @@ pub struct Recipe {
     /// The texts that the result is judged by, before and after.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<Evaluate>,
-}
-
-/// Evaluation: perplexity a text, KL divergence and top-1 agreement against the original.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Evaluate {
-    /// Texts, one row of the report each.
-    pub text: Vec<PathBuf>,
-    /// Tokens a window; windows do not overlap and the last partial one is dropped.
-    #[serde(default = "Evaluate::context")]
-    pub context: usize,
-    /// At most this many tokens a text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_tokens: Option<usize>,
-}
-
-impl Evaluate {
-    fn context() -> usize {
-        512
-    }
 }
