@@ -80,6 +80,8 @@ fn every_family_comes_back_as_it_was_solved() {
         let outcome = solve(&model, &plan, None, &dir, Device::Cpu, &Quiet).unwrap();
         assert_eq!(outcome.matrices.keys().copied().collect::<Vec<_>>(), [By::Rtn], "{name}");
         let written = write(&model, &plan, &dir, &both(), out.path(), &Quiet).unwrap();
+        // Whatever else a runtime may find: every routed expert is packed, also where an MTP layer's are not.
+        assert!(!written[0].notes.iter().any(|note| note.contains("transformers")), "{name}: {:?}", written[0].notes);
         assert_eq!(written[0].dir, out.path());
         assert_eq!(written[1].dir, out.path().join("dense"));
         let packed = packed::open(out.path(), ExpertRounding::None).unwrap();

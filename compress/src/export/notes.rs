@@ -6,7 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::compressed_tensors::is_routed;
+use calib::arch::Kind;
+
 use super::{Scheme, Tensor, Zero};
 
 /// One note a runtime and reason; empty if all of them load the output.
@@ -14,7 +15,7 @@ pub fn of(tensors: &[Tensor]) -> Vec<String> {
     if tensors.iter().all(|tensor| tensor.scheme().is_none()) {
         return Vec::new();
     }
-    let routed: Vec<&Tensor> = tensors.iter().filter(|tensor| is_routed(tensor)).collect();
+    let routed: Vec<&Tensor> = tensors.iter().filter(|tensor| tensor.kind == Kind::Expert).collect();
     let schemes: BTreeSet<Option<Scheme>> = routed.iter().map(|tensor| tensor.scheme()).collect();
     let mut found = Vec::new();
     if let Some(dense) = routed.iter().find(|tensor| tensor.scheme().is_none()) {
@@ -73,7 +74,7 @@ mod tests {
 
     fn experts(forms: [Form; 4]) -> Vec<Tensor> {
         let names = ["0.mlp.experts.0.up_proj", "0.mlp.experts.1.up_proj", "1.mlp.experts.0.up_proj", "1.mlp.experts.1.up_proj"];
-        let of = |(name, form)| Tensor { name: format!("model.layers.{name}.weight"), shape: vec![32, 64], form };
+        let of = |(name, form)| Tensor { name: format!("model.layers.{name}.weight"), shape: vec![32, 64], kind: Kind::Expert, form };
         names.into_iter().zip(forms).map(of).collect()
     }
 
