@@ -7,6 +7,7 @@
 //! **Memory.** What [`forward`](crate::forward) states for one layer, and the layer's statistics; one batch more in f32
 //! while hidden states are written.
 
+mod draw;
 mod measure;
 mod snapshot;
 
@@ -21,6 +22,7 @@ use crate::sample::{Calibrate, Samples};
 use crate::stats::{LayerStats, Manifest, Part, Store};
 use crate::{Error, Result, Weights};
 
+pub use draw::{Draw, draw, routing_counts};
 pub use measure::Measure;
 pub use snapshot::Snapshots;
 
