@@ -71,7 +71,7 @@ impl Windows {
 }
 
 /// What one text, or all of them, gave.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// Tokens scored.
     pub tokens: usize,
@@ -85,7 +85,7 @@ pub struct Score {
 }
 
 /// How far a candidate is from the original on the same tokens.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Divergence {
     /// The original's mean negative log-likelihood.
     pub reference_nll: f64,
@@ -102,7 +102,7 @@ pub struct Divergence {
 }
 
 /// The scores of all texts.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// One row a text.
     pub texts: Vec<Row>,
@@ -111,7 +111,7 @@ pub struct Report {
 }
 
 /// One text's scores.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// The text's name.
     pub domain: String,

@@ -1,5 +1,7 @@
 //! What can go wrong while a recipe is read, a plan is made or a model is changed.
 
+use std::path::PathBuf;
+
 /// A result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -10,6 +12,32 @@ pub enum Error {
     /// Reading, running or measuring a model failed.
     #[error(transparent)]
     Calib(#[from] calib::Error),
+
+    /// A file could not be read or written; the message names its path.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+
+    /// A JSON file of ours does not parse.
+    #[error("{}: not what moepress writes there: {source}; remove it, or start over with --force", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+
+    // ---- recipe (one section a module, so that each is easy to find) ----
+    /// The recipe, or what the command line did to it, is wrong: every problem that was found.
+    #[error(transparent)]
+    Recipe(Box<crate::recipe::Invalid>),
+
+    // ---- plan ----
+    /// A budget that no program solves yet.
+    #[error("allocate.{budget} asks for a width a matrix, and allocation a matrix is not built yet; give one width for all with allocate.bits")]
+    BudgetNotBuilt {
+        /// The recipe's key.
+        budget: &'static str,
+    },
 
     // ---- quantize ----
     /// A weight that no scale can hold.
@@ -104,4 +132,213 @@ pub enum Error {
         /// The larger.
         large: usize,
     },
+
+    // ---- apply, export, packed ----
+    /// A file between two stages that is not what the stage wrote.
+    #[error("{}: {what}; remove it, or start over with --force", path.display())]
+    Stage {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+
+    /// Work that was done for another plan.
+    #[error("{} was made for the plan {found}, not for this one ({wanted}); give another --out, or start over with --force", path.display())]
+    OtherPlan {
+        /// The file.
+        path: PathBuf,
+        /// Hash of the plan that it belongs to.
+        found: String,
+        /// Hash of the plan at hand.
+        wanted: String,
+    },
+
+    /// An export of a model that is not solved to its end.
+    #[error("{} is missing: layer {layer} of {layers} is not solved yet; run `moepress apply` to its end first", path.display())]
+    Unsolved {
+        /// The file that is missing.
+        path: PathBuf,
+        /// Its layer.
+        layer: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
+
+    /// A matrix whose codes, scales or zeros do not hold together.
+    #[error("{name}: {source}")]
+    Matrix {
+        /// The tensor.
+        name: String,
+        /// What does not hold.
+        source: kernels::Error,
+    },
+
+    /// A tensor that should be a matrix.
+    #[error("{name} has shape {shape:?} and cannot be quantized; name it in allocate.exclude")]
+    NotAMatrix {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+
+    /// A plan that does not fit the model it is applied to.
+    #[error("the plan was made for the checkpoint {planned}, but this one is {found}; make the plan again, or name the model it was made for")]
+    OtherModel {
+        /// The plan's fingerprint.
+        planned: String,
+        /// The model's.
+        found: String,
+    },
+
+    /// A plan and a model that disagree about their tensors.
+    #[error("{name}: {what}; make the plan again")]
+    PlanMisfit {
+        /// The tensor.
+        name: String,
+        /// What does not fit.
+        what: &'static str,
+    },
+
+    /// A matrix that the plan solves against tokens that never came.
+    #[error(
+        "{name}: the plan solves it against calibration tokens, but none reached it; \
+         calibrate and plan again with the same corpus that is applied"
+    )]
+    Unreached {
+        /// The tensor.
+        name: String,
+    },
+
+    /// A plan that needs calibration samples, and none were given.
+    #[error("the plan's quantizer solves against calibration tokens; give the samples that it was made with")]
+    NoSamples,
+
+    /// A directory that holds something else.
+    #[error(
+        "{} is not empty and was not written by moepress (it holds {}); give an empty or new directory with --out", dir.display(), entry.display()
+    )]
+    NotOurs {
+        /// The directory.
+        dir: PathBuf,
+        /// Something in it.
+        entry: PathBuf,
+    },
+
+    /// No format was asked for.
+    #[error("the recipe names no export; add [export.compressed_tensors] or [export.dense]")]
+    NoExport,
+
+    /// Matrices that a format cannot hold.
+    #[error("{} cannot be exported as asked:{}", plural(problems.len(), "matrix", "matrices"), listed(problems))]
+    Refused {
+        /// Each by its name.
+        problems: Vec<String>,
+    },
+
+    /// An export that failed the checks that every output goes through.
+    #[error("{}: the export does not pass {}; it was not put in place:{}", dir.display(), plural(problems.len(), "check", "checks"), listed(problems))]
+    Invalid {
+        /// Where it was written.
+        dir: PathBuf,
+        /// What does not hold.
+        problems: Vec<String>,
+    },
+
+    /// A source config that cannot be edited.
+    #[error("config.json of the source is not a JSON object")]
+    Config,
+
+    /// A compressed checkpoint that cannot be read.
+    #[error("{}: {what}", dir.display())]
+    Packed {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// What cannot be read, by name.
+        what: String,
+    },
+
+    // ---- run, cli ----
+    /// An output directory that another process works on.
+    #[error("another moepress is at work in {}; wait for it, or give another directory with --out", out.display())]
+    Busy {
+        /// The directory.
+        out: PathBuf,
+    },
+
+    /// An output directory of another recipe, model or corpus.
+    #[error(
+        "{} holds the work of another run:{}\ngive another directory with --out, or start over with --force", out.display(), listed(differences)
+    )]
+    Differs {
+        /// The directory.
+        out: PathBuf,
+        /// What is not the same, in words.
+        differences: Vec<String>,
+    },
+
+    /// A checkpoint without data where data are needed.
+    #[error("{} is a shape-only checkpoint: it has no data to {verb}; inspect, check and plan take it", dir.display())]
+    ShapeOnly {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// What was to be done.
+        verb: &'static str,
+    },
+
+    /// An output directory that holds the model.
+    #[error("the model {} lies inside the output directory {}, where it might be overwritten; give another directory with --out", model.display(), out.display())]
+    ModelInside {
+        /// The model.
+        model: PathBuf,
+        /// The output directory.
+        out: PathBuf,
+    },
+
+    /// Token ids that are not a list of equally long lists.
+    #[error("{}: {what}; give a JSON list of token ids, or a list of equally long lists", path.display())]
+    TokenIds {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        what: String,
+    },
+
+    /// An output that is not written yet.
+    #[error("{} has no output yet; run `moepress apply` to its end first", out.display())]
+    NoOutput {
+        /// The directory.
+        out: PathBuf,
+    },
+}
+
+fn plural(count: usize, one: &str, many: &str) -> String {
+    if count == 1 { format!("1 {one}") } else { format!("{count} {many}") }
+}
+
+/// The first few of a list, one a line.
+fn listed(problems: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let mut text: String = problems.iter().take(SHOWN).map(|problem| format!("\n  {problem}")).collect();
+    if problems.len() > SHOWN {
+        text += &format!("\n  and {} more", problems.len() - SHOWN);
+    }
+    text
+}
+
+impl Error {
+    /// The exit code of a program that stops with this: 2 for wrong usage or a wrong recipe, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Recipe(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+impl From<crate::recipe::Invalid> for Error {
+    fn from(invalid: crate::recipe::Invalid) -> Self {
+        Self::Recipe(Box::new(invalid))
+    }
 }

@@ -31,7 +31,7 @@ mod write;
 
 pub use fingerprint::{Fingerprint, hash_bytes};
 pub use problem::Problem;
-pub use write::{Declared, SHARD_BYTES, Writer, write_shape_only};
+pub use write::{Declared, SHARD_BYTES, Writer, free_bytes, write_shape_only};
 
 use shard::Shard;
 

@@ -276,10 +276,19 @@ fn data_bytes(entries: &[Entry]) -> u64 {
     entries.last().map_or(0, |entry| entry.bytes.end)
 }
 
+/// Bytes that may still be written on the disk of a directory.
+///
+/// # Errors
+///
+/// [`Error::Io`](crate::Error::Io) where there is no such directory.
+pub fn free_bytes(dir: &Path) -> Result<u64> {
+    let disk = rustix::fs::statvfs(dir).map_err(std::io::Error::from)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
 /// Refuses to begin what the disk cannot hold.
 fn check_space(dir: &Path, needs: u64) -> Result<()> {
-    let disk = rustix::fs::statvfs(dir).map_err(std::io::Error::from)?;
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let free = free_bytes(dir)?;
     if needs > free {
         return Err(Problem::NoSpace { needs, free, short: needs - free }.at(dir));
     }

@@ -40,6 +40,6 @@ pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
 pub use head::Head;
 pub use layer::{DecoderLayer, Experts, decoder_layer};
-pub(crate) use moe::values;
+pub use moe::values;
 pub use parallel::Options;
 pub use tap::{NoTap, Routed, Routing, Tap};

@@ -235,8 +235,12 @@ fn expert<B: Backend>(source: &Source<'_, B>, moe: &Moe, expert: usize) -> Resul
     GatedMlp::load(source, |projection| Part::Expert(expert, projection), moe.inner)
 }
 
-/// The values of a tensor, row by row.
-pub(crate) fn values<B: Backend, const D: usize>(x: Tensor<B, D>, what: &'static str) -> Result<Vec<f32>> {
+/// The values of a tensor, row by row; `what` names it in the error. Copies nothing on the CPU where the tensor is not shared.
+///
+/// # Errors
+///
+/// [`Error::Device`] if the device does not hand them out.
+pub fn values<B: Backend, const D: usize>(x: Tensor<B, D>, what: &'static str) -> Result<Vec<f32>> {
     let failed = |message: String| Error::Device { what, message };
     let data = x.try_into_data().map_err(|e| failed(format!("{e:?}")))?;
     data.convert::<f32>().into_vec().map_err(|e| failed(format!("{e:?}")))

@@ -8,6 +8,8 @@ use std::ops::Range;
 
 use ndarray::ArrayView2;
 
+use crate::{Error, Result};
+
 /// Rows that one vector holds.
 pub(super) const LANES: usize = 16;
 
@@ -69,6 +71,14 @@ pub(super) fn lane_mut(values: &mut [f32], width: usize, column: usize, tile: us
 /// The rows of every chunk of a matrix of `outputs` rows.
 pub(super) fn chunks(outputs: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
     (0..outputs.div_ceil(CHUNK)).map(move |chunk| chunk * CHUNK..outputs.min((chunk + 1) * CHUNK))
+}
+
+/// Refuses a weight that is not finite.
+pub(super) fn check_finite(w: ArrayView2<'_, f32>) -> Result<()> {
+    match w.indexed_iter().find(|(_, value)| !value.is_finite()) {
+        Some(((row, column), &value)) => Err(Error::WeightNotFinite { value, row, column }),
+        None => Ok(()),
+    }
 }
 
 #[test]

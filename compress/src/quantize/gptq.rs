@@ -15,10 +15,10 @@ use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::columns::{CHUNK, Columns, LANES, Lane, chunks, lane, lane_mut};
+use super::codes::{Codes, assemble};
+use super::columns::{CHUNK, Columns, LANES, Lane, check_finite, chunks, lane, lane_mut};
 pub use super::factor::{Factor, Order, factorize};
 use super::grid;
-use super::rtn::{Codes, assemble, check_finite};
 use super::{Kept, Loss, Solved, Width};
 use crate::Result;
 

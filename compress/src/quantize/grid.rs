@@ -5,6 +5,9 @@
 //! gave (least squares). At 2 bits the search takes a quarter of the error away, at 4 bits a few percent. Every scale is
 //! rounded to its stored type before it is judged.
 
+// Rows stand side by side in several arrays, and one index names the same row in all of them.
+#![allow(clippy::needless_range_loop)]
+
 use kernels::ScaleType;
 
 use super::columns::{LANES, Lane};

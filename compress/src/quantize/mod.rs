@@ -1,12 +1,13 @@
 //! The best codes for a given width: everything that happens to one matrix once its width is known.
 //!
-//! Pure functions over matrices. [`rtn`] rounds, [`gptq`] solves against a second moment of the inputs; [`grid`] chooses
-//! scales and zero points for both.
+//! Pure functions over matrices. [`rtn`] rounds, [`gptq`] solves against a second moment of the inputs; one search of scales
+//! and zero points serves both.
 
+mod codes;
 mod columns;
 pub mod factor;
 pub mod gptq;
-pub mod grid;
+mod grid;
 pub mod rtn;
 #[cfg(test)]
 mod testing;
