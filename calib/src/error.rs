@@ -340,6 +340,13 @@ pub enum Error {
         what: String,
     },
 
+    /// More experts than a routing trace has numbers for.
+    #[error("a layer has {experts} experts; statistics are kept of at most 65536")]
+    TooManyExperts {
+        /// Of the layer.
+        experts: usize,
+    },
+
     /// Two models cannot be compared token by token.
     #[error("the models have vocabularies of {candidate} and {reference} tokens; only models of one vocabulary can be compared")]
     Vocabularies {

@@ -172,7 +172,7 @@ mod tests {
     }
 
     fn calibrate(sampler: Sampler) -> Calibrate {
-        Calibrate { corpus: vec![], samples: 10, tokens: 20, seed: 3, sampler }
+        Calibrate { samples: 10, tokens: 20, sampler, ..Calibrate::over(vec![]) }
     }
 
     #[test]
@@ -188,7 +188,7 @@ mod tests {
         let calibrate = calibrate(Sampler::default());
         let pass = Pass { weights: &table, fingerprint: "m", samples: &samples, calibrate: &calibrate, store: &store, progress: &Quiet };
         run(&pass, Device::Cpu).unwrap();
-        let load = store.get(1).unwrap().router.unwrap().load();
+        let load = store.get(1).unwrap().experts.unwrap().router.load();
         let summed: Vec<u64> = (0..6).map(|e| counts.iter().map(|c| u64::from(c[e])).sum()).collect();
         assert_eq!(load.to_vec(), summed);
     }

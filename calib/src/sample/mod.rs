@@ -35,6 +35,21 @@ pub struct Calibrate {
     /// Who chooses the samples.
     #[serde(default)]
     pub sampler: Sampler,
+    /// Keep which experts every token chose, 2 bytes a choice, as `traces-*.safetensors` beside the statistics.
+    #[serde(default)]
+    pub traces: bool,
+    /// Tokens, spread evenly over all samples, that every expert is run on to see how alike experts are (for merging); none
+    /// without it. It reads every expert a second time and holds the layer's experts' outputs for so many tokens.
+    #[serde(default)]
+    pub similarity_tokens: usize,
+}
+
+impl Calibrate {
+    /// The defaults over some files.
+    pub fn over(corpus: Vec<PathBuf>) -> Self {
+        let sampler = Sampler::default();
+        Self { corpus, samples: samples(), tokens: tokens(), seed: 0, sampler, traces: false, similarity_tokens: 0 }
+    }
 }
 
 fn samples() -> usize {
@@ -207,7 +222,7 @@ mod tests {
     }
 
     fn params(samples: usize, tokens: usize, sampler: Sampler) -> Calibrate {
-        Calibrate { corpus: vec![], samples, tokens, seed: 7, sampler }
+        Calibrate { samples, tokens, seed: 7, sampler, ..Calibrate::over(vec![]) }
     }
 
     #[test]
