@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import EXACT, ROUNDED, distance
+from conftest import EXACT, distance
 
 PARITY = Path(__file__).resolve().parent.parent / "parity"
 FOUR = transformers.__version__.startswith("4.")
@@ -52,5 +52,5 @@ def test_both_exports(name, moepress, ours, theirs, tmp_path):
     exact, rounded = distance(ours(out, ids), reference), distance(ours(out, ids, "--round-experts", "bf16"), reference)
     print(f"{name}: dense {dense:.1e}, packed {exact:.1e}, packed and rounded {rounded:.1e}")
     assert dense <= EXACT
-    assert exact <= ROUNDED
+    # Without the rounding nothing is promised for random weights: where it changes a choice of experts, logits jump.
     assert (exact if FOUR else rounded) <= EXACT
