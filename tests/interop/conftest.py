@@ -40,15 +40,15 @@ def quickstart() -> Path:
 
 @pytest.fixture
 def ours(moepress, tmp_path):
-    """Logits of a checkpoint by `moepress eval`, `[rows, tokens, vocab]`."""
+    """What `moepress eval --dump` writes about a checkpoint; `logits` is `[rows, tokens, vocab]`."""
 
-    def logits(folder: Path, ids: torch.Tensor, *options) -> torch.Tensor:
-        tokens, dump = tmp_path / "ids.json", tmp_path / "dump.safetensors"
+    def dump(folder: Path, ids: torch.Tensor, *options) -> dict[str, torch.Tensor]:
+        tokens, file = tmp_path / "ids.json", tmp_path / "dump.safetensors"
         tokens.write_text(json.dumps(ids.tolist()))
-        moepress("eval", folder, "--tokens", tokens, "--dump", dump, *options)
-        return load_file(dump)["logits"]
+        moepress("eval", folder, "--tokens", tokens, "--dump", file, *options)
+        return load_file(file)
 
-    return logits
+    return dump
 
 
 @pytest.fixture
