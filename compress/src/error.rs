@@ -283,12 +283,10 @@ pub enum Error {
     },
 
     /// A checkpoint without data where data are needed.
-    #[error("{} is a shape-only checkpoint: it has no data to {verb}; inspect, check and plan take it", dir.display())]
+    #[error("{} is a shape-only checkpoint: its tensors have no data; only inspect, check and plan take it", dir.display())]
     ShapeOnly {
         /// The checkpoint.
         dir: PathBuf,
-        /// What was to be done.
-        verb: &'static str,
     },
 
     /// An output directory that holds the model.
