@@ -122,6 +122,127 @@ pub enum Error {
     },
 
     // ---- corpus, sample ----
+    /// A checkpoint without a fast tokenizer.
+    #[error("{}: there is no tokenizer.json; put the model's own beside its config.json", dir.display())]
+    NoTokenizer {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+    },
+
+    /// A tokenizer that does not load, or a text that it cannot encode.
+    #[error("{}: {message}", path.display())]
+    Tokenizer {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// What the tokenizers library said.
+        message: String,
+    },
+
+    /// No text at all was named.
+    #[error("the corpus is empty: name at least one .txt or .jsonl file")]
+    EmptyCorpus,
+
+    /// A text of no token.
+    #[error("{}: the text is empty", path.display())]
+    EmptyText {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A file whose name does not say how to read it.
+    #[error("{}: a text is a .txt or a .jsonl file", path.display())]
+    TextFormat {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A text that is not UTF-8.
+    #[error("{}: not UTF-8 at byte {at}", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// First byte that is not part of a character.
+        at: usize,
+    },
+
+    /// A line of a .jsonl file that is not JSON.
+    #[error("{}, line {line}: not valid JSON: {source}", path.display())]
+    JsonLine {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What the parser said.
+        source: serde_json::Error,
+    },
+
+    /// A line of a .jsonl file without the fields that make a document.
+    #[error("{}, line {line}: a document has `text`, or `prompt` and `completion`, as strings", path.display())]
+    JsonFields {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+    },
+
+    /// Two texts would be one domain.
+    #[error("{} and {} are both the domain `{domain}`; a text is named by its file stem, so rename one", first.display(), second.display())]
+    SameDomain {
+        /// The name.
+        domain: String,
+        /// One file.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+
+    /// A text that is too short for what is asked of it.
+    #[error(
+        "{}: {} of {window} tokens asked for, but {what} has {tokens} tokens, which is {}; \
+         ask for fewer or shorter windows, or give a longer text",
+        path.display(), plural(*asked), plural(*tokens / *window)
+    )]
+    TooFewTokens {
+        /// The file.
+        path: PathBuf,
+        /// Which part of it: `the text`, `its first four fifths`.
+        what: &'static str,
+        /// Tokens there are.
+        tokens: usize,
+        /// Windows asked for.
+        asked: usize,
+        /// Tokens a window.
+        window: usize,
+    },
+
+    /// A number of samples, tokens or a context that makes no windows.
+    #[error("{what} is {value}, but must be at least {least}")]
+    TooSmall {
+        /// Which knob.
+        what: &'static str,
+        /// Its value.
+        value: usize,
+        /// The least that makes sense.
+        least: usize,
+    },
+
+    /// A sampler that chooses by what the model does was asked for where there is no model.
+    #[error("the sampler `{sampler}` has to run the model to choose its samples")]
+    SamplerNeedsModel {
+        /// Its name in the recipe.
+        sampler: &'static str,
+    },
+
+    /// The tokenizer knows more than the model.
+    #[error("{}: token {id} is past the model's vocabulary of {vocab}; is this the model's own tokenizer?", path.display())]
+    TokenPastVocabulary {
+        /// The text in which it came up.
+        path: PathBuf,
+        /// The token.
+        id: u32,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
 
     // ---- forward, device ----
     /// A tensor handed out for a role has another shape than the spec says.
@@ -199,9 +320,84 @@ pub enum Error {
     },
 
     // ---- pass, stats, evaluate ----
+    /// Statistics that are not of one shape cannot be added.
+    #[error("statistics of different models or corpora do not add up: {ours} and {theirs} {what}")]
+    StatsDiffer {
+        /// Of what there are different numbers.
+        what: &'static str,
+        /// On one side.
+        ours: usize,
+        /// On the other.
+        theirs: usize,
+    },
+
+    /// What was begun with one model or corpus cannot go on with another.
+    #[error("{}: this was made with other {what}; delete its folder, or use --force, to start over", path.display())]
+    Changed {
+        /// What was found.
+        path: PathBuf,
+        /// In which the two differ: `model weights`, `samples`, …
+        what: String,
+    },
+
+    /// More experts than a routing trace has numbers for.
+    #[error("a layer has {experts} experts; statistics are kept of at most 65536")]
+    TooManyExperts {
+        /// Of the layer.
+        experts: usize,
+    },
+
+    /// Two models cannot be compared token by token.
+    #[error("the models have vocabularies of {candidate} and {reference} tokens; only models of one vocabulary can be compared")]
+    Vocabularies {
+        /// Of the candidate.
+        candidate: usize,
+        /// Of the original.
+        reference: usize,
+    },
+
+    /// A model whose logits are not numbers.
+    #[error("{domain}: the mean score of {tokens} tokens is not a number; the model gives infinite or undefined logits")]
+    NotFinite {
+        /// The text.
+        domain: String,
+        /// Tokens scored.
+        tokens: usize,
+    },
+
+    /// A file of statistics or hidden states that does not read.
+    #[error("{}: {message}; delete it and run the pass again", path.display())]
+    Statistics {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
+    },
 
     // ---- linalg ----
+    /// A symmetric matrix was asked for.
+    #[error("a matrix of {rows} x {columns} is not square, so it is no second moment")]
+    NotSquare {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        columns: usize,
+    },
+
+    /// A Cholesky factor of something that has none.
+    #[error("not positive definite: the pivot of row {pivot} of {side} is not positive; add to the diagonal (damping)")]
+    NotPositiveDefinite {
+        /// The row whose pivot failed; rows are eliminated from the last to the first.
+        pivot: usize,
+        /// Rows of the matrix.
+        side: usize,
+    },
+
     /// Whatever a [`Tap`](crate::forward::Tap) found wrong, from outside this crate.
     #[error(transparent)]
     Tap(Box<dyn std::error::Error + Send + Sync>),
+}
+
+fn plural(windows: usize) -> String {
+    if windows == 1 { "1 window".into() } else { format!("{windows} windows") }
 }

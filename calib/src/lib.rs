@@ -14,6 +14,7 @@ pub mod forward;
 pub mod linalg;
 pub mod model;
 pub mod pass;
+pub mod progress;
 pub mod sample;
 pub mod stats;
 pub mod tensor;

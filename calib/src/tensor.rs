@@ -1,7 +1,7 @@
 //! Element types as safetensors names them, and their values to and from f32.
 //!
 //! Bytes are little-endian and may start anywhere: every value is copied out of its bytes, no pointer is cast, because a tensor in the
-//! middle of a file need not be aligned. Writing rounds to nearest, ties to even, as PyTorch's casts do.
+//! middle of a file need not be aligned. Writing rounds to nearest, ties to even.
 
 use std::fmt;
 
@@ -159,7 +159,6 @@ pub fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
         Dtype::F16 => elements(bytes, |x| f16::from_le_bytes(x).to_f32()),
         Dtype::Bf16 => elements(bytes, |x: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(x)) << 16)),
         Dtype::F32 => elements(bytes, f32::from_le_bytes),
-        #[allow(clippy::cast_possible_truncation)]
         Dtype::F64 => elements(bytes, |x| f64::from_le_bytes(x) as f32),
         _ => return None,
     })
@@ -167,7 +166,8 @@ pub fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
 
 /// Writes f32 values as a float type, rounding to nearest even; `None` if the type is no float or is a scale (`F8_E8M0`).
 ///
-/// What is too large becomes infinity, or NaN in F8_E4M3, which has none, as in PyTorch: clamp before if saturation is wanted.
+/// What is too large becomes infinity, or NaN in F8_E4M3, which has none, so that it is found when it is read. PyTorch's casts give the
+/// same bytes, but that 2.14 saturates F8_E4M3 at 448: clamp before where that is wanted.
 #[must_use]
 pub fn encode(dtype: Dtype, values: &[f32]) -> Option<Vec<u8>> {
     Some(match dtype {
@@ -208,7 +208,6 @@ struct F8 {
 ///
 /// A number of exponent `e` is a whole number `n` of steps `2^(max(e, least) − mantissa)`; adding `n` to the exponent field carries by
 /// itself, both out of the subnormal numbers and into the next exponent.
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn to_f8(x: f32, format: F8) -> u8 {
     let sign = if x.is_sign_negative() { 0x80 } else { 0 };
     if x.is_nan() {
@@ -349,9 +348,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn f8_is_the_nearest(x in any::<f32>(), shrink in -40i32..1) {
+        fn f8_is_the_nearest(x in -448f32..448.0, shrink in -40i32..1) {
             let x = x * 2f32.powi(shrink);
-            prop_assume!(x.abs() < 448.0);
             for dtype in [Dtype::F8E4m3, Dtype::F8E5m2] {
                 let rounded = decode(dtype, &encode(dtype, &[x]).unwrap()).unwrap()[0];
                 let all: Vec<u8> = (0..=255).collect();

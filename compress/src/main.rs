@@ -1,1 +1,7 @@
-fn main() {}
+//! The program `moepress`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    compress::cli::main()
+}

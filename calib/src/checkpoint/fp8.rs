@@ -100,3 +100,118 @@ fn block_size(config: &Value, info: &TensorInfo) -> Result<[usize; 2], Problem> 
         Err(_) => Err(Problem::BlockSize { tensor: info.name.clone(), found: found.to_string() }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use tempfile::TempDir;
+
+    use super::super::testing::problem;
+    use super::*;
+    use crate::Result;
+    use crate::checkpoint::{Declared, SHARD_BYTES, Writer};
+    use crate::tensor::encode;
+
+    const CONFIG: &str = r#"{"quantization_config":{"quant_method":"fp8","fmt":"e4m3","weight_block_size":[2,3]}}"#;
+
+    /// A checkpoint of these tensors, values in the order of their shape.
+    fn open(config: &str, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) -> Result<(TempDir, Checkpoint)> {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::write(dir.path().join("config.json"), config).unwrap();
+        let declared =
+            tensors.iter().map(|(name, dtype, shape, _)| Declared { name: (*name).into(), dtype: *dtype, shape: shape.to_vec() });
+        let mut writer = Writer::create(dir.path(), declared.collect(), SHARD_BYTES, BTreeMap::new()).unwrap();
+        tensors.iter().for_each(|(name, _, _, bytes)| writer.put(name, bytes).unwrap());
+        writer.finish().unwrap();
+        Checkpoint::open(dir.path()).map(|checkpoint| (dir, checkpoint))
+    }
+
+    /// `w` of ones, `[3, 4]`, and its scales.
+    fn ones(scales: (Dtype, &[usize], Vec<u8>)) -> [(&str, Dtype, &[usize], Vec<u8>); 2] {
+        let (dtype, shape, bytes) = scales;
+        [("w", Dtype::F8E4m3, &[3, 4], encode(Dtype::F8E4m3, &[1.0; 12]).unwrap()), ("w_scale_inv", dtype, shape, bytes)]
+    }
+
+    /// Blocks of 2 by 3 over 3 by 4: the right ones are a column wide, the lower ones a row high.
+    const SCALED: [f32; 12] = [0.5, 0.5, 0.5, 2.0, 0.5, 0.5, 0.5, 2.0, 4.0, 4.0, 4.0, 8.0];
+
+    #[test]
+    fn blocks_at_the_edges_are_partial() {
+        let scales = encode(Dtype::F32, &[0.5, 2.0, 4.0, 8.0]).unwrap();
+        let (_dir, checkpoint) = open(CONFIG, &ones((Dtype::F32, &[2, 2], scales))).unwrap();
+        assert_eq!(checkpoint.matrix("w").unwrap().into_raw_vec_and_offset().0, SCALED);
+        assert_eq!(checkpoint.logical(), [("w".to_owned(), vec![3, 4])]);
+        assert_eq!(checkpoint.tensors().count(), 2);
+        assert_eq!(checkpoint.floats("w_scale_inv").unwrap(), [0.5, 2.0, 4.0, 8.0]);
+    }
+
+    #[test]
+    fn scales_may_be_exponents() {
+        // 2^(126 − 127) = 0.5, and so on.
+        let exponents = vec![126, 128, 129, 130];
+        let (_dir, checkpoint) = open(CONFIG, &ones((Dtype::F8E8m0, &[2, 2], exponents.clone()))).unwrap();
+        assert_eq!(checkpoint.floats("w").unwrap(), SCALED);
+        let config = CONFIG.replace("e4m3\"", "e4m3\",\"scale_fmt\":\"ue8m0\"");
+        let (_dir, checkpoint) = open(&config, &ones((Dtype::U8, &[2, 2], exponents.clone()))).unwrap();
+        assert_eq!(checkpoint.floats("w").unwrap(), SCALED);
+        let found = problem(open(CONFIG, &ones((Dtype::U8, &[2, 2], exponents))));
+        assert!(matches!(found, Problem::ScaleDtype { scale, dtype: Dtype::U8 } if scale == "w_scale_inv"));
+    }
+
+    #[test]
+    fn scales_that_are_missing_are_named() {
+        let weight = [("w", Dtype::F8E4m3, &[3, 4][..], vec![0; 12])];
+        let missing =
+            |found: Problem| matches!(found, Problem::ScaleMissing { tensor, scale, .. } if tensor == "w" && scale == "w_scale_inv");
+        assert!(missing(problem(open(CONFIG, &weight))));
+        // Another scheme is opened, for whoever knows it, but not read as if it had none.
+        let (_dir, other) = open(r#"{"quantization_config":{"quant_method":"modelopt"}}"#, &weight).unwrap();
+        assert!(missing(problem(other.floats("w"))));
+    }
+
+    #[test]
+    fn scales_of_a_wrong_shape() {
+        let found = problem(open(CONFIG, &ones((Dtype::F32, &[2, 1], vec![0; 8]))));
+        assert_eq!(found.to_string(), "w_scale_inv has shape [2, 1]; its weight of shape [3, 4] in blocks of [2, 3] needs [2, 2]");
+        assert!(matches!(found, Problem::ScaleShape { .. }));
+        let vector = [("w", Dtype::F8E4m3, &[4][..], vec![0; 4]), ("w_scale_inv", Dtype::F32, &[2], vec![0; 8])];
+        assert!(matches!(problem(open(CONFIG, &vector)), Problem::Dimensions { wanted: 2, .. }));
+    }
+
+    #[test]
+    fn a_block_size_that_is_none() {
+        for size in ["null", "[0,3]", "[2]", "[2,3,4]", "128", "[2,-3]"] {
+            let config = CONFIG.replace("[2,3]", size);
+            let found = problem(open(&config, &ones((Dtype::F32, &[2, 2], vec![0; 16]))));
+            assert!(matches!(found, Problem::BlockSize { tensor, found } if tensor == "w" && found == size), "{size}");
+        }
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_found_after_scaling() {
+        let scales = |values: [f32; 4]| ones((Dtype::F32, &[2, 2], encode(Dtype::F32, &values).unwrap()));
+        let (_dir, checkpoint) = open(CONFIG, &scales([1.0, f32::NAN, 1.0, 1.0])).unwrap();
+        assert!(
+            matches!(problem(checkpoint.floats("w")), Problem::NotFinite { tensor, index, .. } if tensor == "w_scale_inv" && index == [0, 1])
+        );
+        let mut tensors = scales([1.0, 1.0, 1.0, f32::MAX]);
+        tensors[0].3 = encode(Dtype::F8E4m3, &[2.0; 12]).unwrap();
+        let (_dir, checkpoint) = open(CONFIG, &tensors).unwrap();
+        assert!(matches!(problem(checkpoint.floats("w")), Problem::NotFinite { tensor, index, .. } if tensor == "w" && index == [2, 3]));
+    }
+
+    #[test]
+    fn a_scale_without_its_weight_is_a_tensor_of_its_own() {
+        let alone = [("w", Dtype::Bf16, &[3, 4][..], vec![0; 24]), ("w_scale_inv", Dtype::F32, &[2, 2], vec![0; 16])];
+        let (_dir, checkpoint) = open(CONFIG, &alone).unwrap();
+        assert_eq!(checkpoint.logical().len(), 2);
+    }
+
+    #[test]
+    fn an_empty_tensor() {
+        let empty = [("w", Dtype::F8E4m3, &[3, 0][..], vec![]), ("w_scale_inv", Dtype::F32, &[2, 0], vec![])];
+        let (_dir, checkpoint) = open(CONFIG, &empty).unwrap();
+        assert_eq!(checkpoint.matrix("w").unwrap().dim(), (3, 0));
+    }
+}

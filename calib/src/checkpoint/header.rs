@@ -15,7 +15,7 @@ use super::Problem;
 use crate::tensor::Dtype;
 
 /// The format's limit of a header's length, bytes.
-pub(super) const HEADER_LIMIT: u64 = 100_000_000;
+const HEADER_LIMIT: u64 = 100_000_000;
 /// Bytes before the header: its length.
 pub(super) const LENGTH_BYTES: usize = 8;
 /// The key of a header that is no tensor.
@@ -150,12 +150,15 @@ fn text(file: &[u8]) -> Result<(&[u8], usize), Problem> {
         return Err(Problem::TooSmall { bytes: file.len() as u64 });
     };
     let header = u64::from_le_bytes(*length);
-    if header > HEADER_LIMIT {
-        return Err(Problem::HeaderTooLong { header, limit: HEADER_LIMIT });
-    }
+    check_length(header)?;
     let text = usize::try_from(header).ok().and_then(|end| rest.get(..end));
     let text = text.ok_or(Problem::HeaderBeyondFile { header, has: rest.len() as u64 })?;
     Ok((text, LENGTH_BYTES + text.len()))
+}
+
+/// Refuses a header, without its length, past the format's limit.
+pub(super) fn check_length(header: u64) -> Result<(), Problem> {
+    if header > HEADER_LIMIT { Err(Problem::HeaderTooLong { header, limit: HEADER_LIMIT }) } else { Ok(()) }
 }
 
 /// Checks a tensor on its own: its type, and that its shape takes as many bytes as its offsets span.
@@ -222,4 +225,203 @@ pub(super) fn build(metadata: &BTreeMap<String, String>, entries: &[Entry]) -> V
     let mut json = format!("{{{}}}", members.join(",")).into_bytes();
     json.resize(json.len().next_multiple_of(8), b' ');
     [&(json.len() as u64).to_le_bytes(), json.as_slice()].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use safetensors::SafeTensors;
+
+    use super::super::testing::file;
+    use super::*;
+
+    /// What is wrong with a file of this header and so many bytes of data.
+    #[track_caller]
+    fn problem(header: &str, data: usize) -> Problem {
+        Header::read(&file(header, &vec![1; data])).unwrap_err()
+    }
+
+    fn tensor(name: &str, shape: &str, begin: u64, end: u64) -> String {
+        format!(r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{begin},{end}]}}"#)
+    }
+
+    fn header(tensors: &[String]) -> String {
+        format!("{{{}}}", tensors.join(","))
+    }
+
+    #[test]
+    fn a_header_by_hand() {
+        let text = r#"{"__metadata__":{"format":"pt"},"b":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]},"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}  "#;
+        let read = Header::read(&file(text, &[1; 14])).unwrap();
+        let a = Entry { name: "a".into(), dtype: Dtype::F32, shape: vec![1, 2], bytes: 0..8 };
+        let b = Entry { name: "b".into(), dtype: Dtype::Bf16, shape: vec![3], bytes: 8..14 };
+        let metadata = vec![("format".into(), "pt".into())];
+        assert_eq!(read, Header { metadata, entries: vec![a, b], bytes: 8 + text.len(), data: 14, shape_only: false });
+    }
+
+    #[test]
+    fn the_length_is_checked_before_it_is_used() {
+        assert!(matches!(Header::read(&[1, 0, 0]), Err(Problem::TooSmall { bytes: 3 })));
+        let of_length = |length: u64| Header::read(&[&length.to_le_bytes()[..], b"{}"].concat()).unwrap_err();
+        assert!(matches!(of_length(3), Problem::HeaderBeyondFile { header: 3, has: 2 }));
+        assert!(matches!(of_length(100_000_001), Problem::HeaderTooLong { header: 100_000_001, .. }));
+        assert!(matches!(of_length(u64::MAX), Problem::HeaderTooLong { .. }));
+    }
+
+    #[test]
+    fn text_that_is_no_header() {
+        let missing = r#"{"a":{"dtype":"F32","shape":[1]}}"#;
+        let past_u64 = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999999999999]}}"#;
+        let negative = r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#;
+        let no_text = r#"{"__metadata__":{"format":1}}"#;
+        let metadata_twice = r#"{"__metadata__":{},"__metadata__":{}}"#;
+        for (text, reason) in [
+            (" {}", "does not start with {"),
+            ("{", "EOF"),
+            ("{} {}", "trailing"),
+            ("[]", "does not start with {"),
+            (missing, "data_offsets"),
+            (past_u64, "invalid"),
+            (negative, "invalid value"),
+            (no_text, "expected a string"),
+            (metadata_twice, "twice"),
+        ] {
+            let found = problem(text, 4);
+            assert!(matches!(found, Problem::Header { .. }) && found.to_string().contains(reason), "{text}: {found}");
+        }
+        let not_unicode = [&7u64.to_le_bytes()[..], b"{\"\xff\":0}"].concat();
+        assert!(matches!(Header::read(&not_unicode), Err(Problem::Header { .. })));
+    }
+
+    #[test]
+    fn a_name_that_stands_twice() {
+        let twice = header(&[tensor("a", "[1]", 0, 4), tensor("b", "[1]", 4, 8), tensor("a", "[1]", 4, 8)]);
+        assert!(matches!(problem(&twice, 8), Problem::TensorTwice { tensor } if tensor == "a"));
+        // The crate's reader takes the last of the two and sees nothing wrong with what is left.
+        let swallowed = header(&[tensor("a", "[2]", 0, 8), tensor("a", "[1]", 0, 4)]);
+        assert!(SafeTensors::deserialize(&file(&swallowed, &[1; 4])).is_ok());
+        assert!(matches!(problem(&swallowed, 4), Problem::TensorTwice { tensor } if tensor == "a"));
+        assert!(
+            matches!(problem(r#"{"__metadata__":{"format":"pt","format":"tf"}}"#, 0), Problem::TensorTwice { tensor } if tensor == "format")
+        );
+    }
+
+    #[test]
+    fn an_unknown_dtype() {
+        let text = header(&[tensor("a", "[2]", 0, 8).replace("F32", "F4")]);
+        assert!(matches!(problem(&text, 8), Problem::UnknownDtype { tensor, dtype, .. } if tensor == "a" && dtype == "F4"));
+    }
+
+    #[test]
+    fn shapes_and_offsets_that_overflow() {
+        let large = header(&[tensor("a", "[4294967296,4294967296]", 0, 8)]);
+        assert!(matches!(problem(&large, 8), Problem::ShapeOverflow { tensor, .. } if tensor == "a"));
+        // The elements can be counted, their bytes cannot.
+        let bytes = header(&[tensor("a", "[4611686018427387904]", 0, 8)]);
+        assert!(matches!(problem(&bytes, 8), Problem::ShapeOverflow { tensor, .. } if tensor == "a"));
+        let far = header(&[tensor("a", "[1]", 0, 4), tensor("b", "[1]", u64::MAX - 4, u64::MAX)]);
+        assert!(matches!(problem(&far, 8), Problem::OffsetsOutside { tensor, end: u64::MAX, bytes: 8, .. } if tensor == "b"));
+    }
+
+    #[test]
+    fn offsets_that_contradict_the_shape() {
+        let size = header(&[tensor("a", "[3]", 0, 8)]);
+        assert!(matches!(problem(&size, 8), Problem::OffsetsSize { needs: 12, has: 8, .. }));
+        let reversed = header(&[tensor("a", "[1]", 8, 4)]);
+        assert!(matches!(problem(&reversed, 8), Problem::OffsetsReversed { begin: 8, end: 4, .. }));
+    }
+
+    #[test]
+    fn offsets_that_overlap_or_leave_a_hole() {
+        let overlap = header(&[tensor("b", "[2]", 4, 12), tensor("a", "[2]", 0, 8)]);
+        assert!(matches!(problem(&overlap, 12), Problem::Overlap { tensor, begin: 4, other, end: 8 } if tensor == "b" && other == "a"));
+        let hole = header(&[tensor("a", "[1]", 0, 4), tensor("b", "[1]", 8, 12)]);
+        assert!(matches!(problem(&hole, 12), Problem::Hole { tensor, begin: 4, end: 8 } if tensor == "b"));
+        let late = header(&[tensor("a", "[1]", 4, 8)]);
+        assert!(matches!(problem(&late, 8), Problem::Hole { tensor, begin: 0, end: 4 } if tensor == "a"));
+    }
+
+    #[test]
+    fn data_that_end_early_or_late() {
+        let text = header(&[tensor("a", "[1]", 0, 4), tensor("b", "[1]", 4, 8)]);
+        assert!(matches!(problem(&text, 7), Problem::Truncated { needs: 8, has: 7 }));
+        assert!(matches!(problem(&text, 0), Problem::Truncated { needs: 8, has: 0 }));
+        assert!(matches!(problem(&text, 9), Problem::Trailing { extra: 1, end: 8 }));
+        assert!(matches!(problem("{}", 1), Problem::Trailing { extra: 1, end: 0 }));
+        assert!(Header::read(&file("{}", &[])).is_ok());
+    }
+
+    #[test]
+    fn a_shape_only_file_has_a_valid_header_and_no_data() {
+        let shape_only = |tensor: String| header(&[r#""__metadata__":{"moepress":"shape-only"}"#.into(), tensor]);
+        let whole = shape_only(tensor("a", "[2]", 0, 8));
+        let read = Header::read(&file(&whole, &[])).unwrap();
+        assert!(read.shape_only);
+        assert_eq!(read.data, 8);
+        assert!(matches!(problem(&whole, 8), Problem::Trailing { extra: 8, end: 0 }));
+        assert!(matches!(problem(&shape_only(tensor("a", "[2]", 4, 12)), 0), Problem::Hole { .. }));
+        assert!(matches!(problem(&shape_only(tensor("a", "[2]", 0, 4)), 0), Problem::OffsetsSize { .. }));
+    }
+
+    #[test]
+    fn what_is_built_is_read_and_the_data_are_aligned() {
+        let odd = Entry { name: "a \"b\"\\\n日".into(), dtype: Dtype::I64, shape: vec![], bytes: 0..8 };
+        let none = Entry { name: "none".into(), dtype: Dtype::U8, shape: vec![0, 3], bytes: 8..8 };
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned()), ("\"".to_owned(), "\\".to_owned())]);
+        let built = build(&metadata, &[odd.clone(), none.clone()]);
+        assert_eq!(built.len() % 8, 0);
+        let read = Header::read(&[built, vec![0; 8]].concat()).unwrap();
+        assert_eq!(read.entries, [odd, none]);
+        assert_eq!(read.metadata.into_iter().collect::<BTreeMap<_, _>>(), metadata);
+    }
+
+    /// Headers that are nearly right: a right one with one number replaced.
+    fn nearly() -> impl Strategy<Value = (String, usize)> {
+        let side = prop_oneof![0u64..5, Just(1 << 32), Just(u64::MAX)];
+        let shapes = prop::collection::vec(prop::collection::vec(0u64..4, 0..4), 1..5);
+        (shapes, 0usize..5, 0usize..5, side, -1isize..2).prop_map(|(shapes, at, what, number, off)| {
+            let (mut end, mut tensors) = (0, Vec::new());
+            for (i, mut shape) in shapes.into_iter().enumerate() {
+                let (mut begin, bytes) = (end, 4 * shape.iter().product::<u64>());
+                end += bytes;
+                let mut stop = end;
+                match what {
+                    0 if i == at => begin = number,
+                    1 if i == at => stop = number,
+                    2 if i == at => shape.push(number),
+                    3 if i == at => (begin, stop) = (number, number.wrapping_add(bytes)),
+                    _ => {}
+                }
+                tensors.push(tensor(&format!("t{i}"), &format!("{shape:?}"), begin, stop));
+            }
+            (header(&tensors), usize::try_from(end).unwrap().saturating_add_signed(if what == 4 { off } else { 0 }))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_the_crate((text, data) in nearly()) {
+            let file = file(&text, &vec![1; data]);
+            let (ours, crates) = (Header::read(&file), SafeTensors::read_metadata(&file));
+            prop_assert_eq!(ours.is_ok(), crates.is_ok(), "{:?} but {:?}", ours, crates);
+            if let (Ok(ours), Ok((_, crates))) = (ours, crates) {
+                for entry in ours.entries {
+                    let info = crates.info(&entry.name).unwrap();
+                    prop_assert_eq!(&info.shape, &entry.shape);
+                    prop_assert_eq!(info.data_offsets, (entry.bytes.start as usize, entry.bytes.end as usize));
+                }
+            }
+        }
+
+        #[test]
+        fn damaged_bytes_never_panic((text, data) in nearly(), damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+            let mut file = file(&text, &vec![1; data]);
+            for (at, byte) in damage {
+                let at = at.index(file.len());
+                file[at] = byte;
+            }
+            // A file that the crate refuses is refused here, whatever the damage.
+            prop_assert!(Header::read(&file).is_err() || SafeTensors::read_metadata(&file).is_ok());
+        }
+    }
 }

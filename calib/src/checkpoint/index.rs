@@ -114,3 +114,110 @@ pub(super) fn file_names(dir: &Path) -> Result<Vec<String>> {
     names.sort_unstable();
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{dir, index, open, problem, vectors};
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    const FIRST: &str = "model-00001-of-00002.safetensors";
+    const SECOND: &str = "model-00002-of-00002.safetensors";
+
+    /// Two shards with a tensor each, and this index.
+    fn two_shards(map: &[(&str, &str)]) -> Result<(tempfile::TempDir, Checkpoint)> {
+        open(&[(FIRST, &vectors(&[("a", &[1.0])])), (SECOND, &vectors(&[("b", &[2.0, 3.0])])), (INDEX, &index(map))])
+    }
+
+    #[test]
+    fn shards_are_read_by_their_index() {
+        let (_dir, checkpoint) = two_shards(&[("b", SECOND), ("a", FIRST)]).unwrap();
+        let places: Vec<(&str, usize)> = checkpoint.tensors().map(|info| (info.name.as_str(), info.shard)).collect();
+        assert_eq!(places, [("a", 0), ("b", 1)]);
+        assert_eq!(checkpoint.floats("a").unwrap(), [1.0]);
+        assert_eq!(checkpoint.floats("b").unwrap(), [2.0, 3.0]);
+    }
+
+    #[test]
+    fn one_file_needs_no_index() {
+        let weights = vectors(&[("a", &[1.0])]);
+        for name in [SINGLE, "model-00001-of-00001.safetensors"] {
+            let (_dir, checkpoint) = open(&[(name, &weights), ("consolidated.safetensors", b"not read")]).unwrap();
+            assert_eq!(checkpoint.floats("a").unwrap(), [1.0]);
+        }
+    }
+
+    #[test]
+    fn shards_without_an_index() {
+        let weights = vectors(&[("a", &[1.0])]);
+        let found = problem(open(&[(SECOND, &weights), (FIRST, &weights)]));
+        assert!(matches!(found, Problem::NoIndex { count: 2, first } if first == FIRST));
+        // A shard of two is not a model.
+        assert!(matches!(problem(open(&[(FIRST, &weights)])), Problem::NoIndex { count: 1, .. }));
+    }
+
+    #[test]
+    fn no_weights_and_pickled_weights() {
+        assert!(matches!(problem(open(&[])), Problem::NoWeights));
+        for name in ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"] {
+            assert!(matches!(problem(open(&[(name, b"pickle")])), Problem::PickleOnly { file } if file == name));
+        }
+        // Beside safetensors they do not matter.
+        assert!(open(&[("pytorch_model.bin", b"pickle"), (SINGLE, &vectors(&[("a", &[1.0])]))]).is_ok());
+    }
+
+    #[test]
+    fn two_models_in_one_directory() {
+        let weights = vectors(&[("a", &[1.0])]);
+        let found = problem(open(&[(SINGLE, &weights), (FIRST, &weights), (INDEX, &index(&[("a", FIRST)]))]));
+        assert!(matches!(found, Problem::TwoModels));
+        assert!(open(&[(SINGLE, &weights), (INDEX, &index(&[("a", SINGLE)]))]).is_ok());
+    }
+
+    #[test]
+    fn names_that_leave_the_directory() {
+        let outside =
+            ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "a\\b.safetensors", "C:x.safetensors", "a\0b", "x\n"];
+        for name in outside {
+            let found = problem(two_shards(&[("b", SECOND), ("a", name)]));
+            assert!(matches!(found, Problem::IndexPath { tensor, shard } if tensor == "a" && shard == name), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_shard_that_is_missing() {
+        let found = problem(open(&[(FIRST, &vectors(&[("a", &[1.0])])), (INDEX, &index(&[("a", FIRST), ("c", SECOND), ("b", SECOND)]))]));
+        assert!(matches!(found, Problem::ShardMissing { shard, tensors: 2, first } if shard == SECOND && first == "b"));
+        // A directory of that name is no shard.
+        let dir = dir(&[(INDEX, &index(&[("a", FIRST)]))]);
+        fs_err::create_dir(dir.path().join(FIRST)).unwrap();
+        assert!(matches!(problem(Checkpoint::open(dir.path())), Problem::ShardMissing { .. }));
+    }
+
+    #[test]
+    fn an_index_that_disagrees_with_its_shards() {
+        let absent = problem(two_shards(&[("a", FIRST), ("b", SECOND), ("c", SECOND)]));
+        assert!(matches!(absent, Problem::IndexAbsent { tensor, shard } if tensor == "c" && shard == SECOND));
+        let exchanged = problem(two_shards(&[("a", SECOND), ("b", SECOND), ("x", FIRST)]));
+        assert!(matches!(exchanged, Problem::IndexAbsent { tensor, shard } if tensor == "a" && shard == SECOND));
+        let more = problem(open(&[(FIRST, &vectors(&[("a", &[1.0]), ("b", &[2.0])])), (INDEX, &index(&[("a", FIRST)]))]));
+        assert!(matches!(more, Problem::NotInIndex { tensor, shard } if tensor == "b" && shard == FIRST));
+    }
+
+    #[test]
+    fn a_tensor_in_two_shards() {
+        let (a, ab) = (vectors(&[("a", &[1.0])]), vectors(&[("a", &[1.0]), ("b", &[2.0])]));
+        let found = problem(open(&[(FIRST, &a), (SECOND, &ab), (INDEX, &index(&[("a", FIRST), ("b", SECOND)]))]));
+        assert!(matches!(found, Problem::TwoShards { tensor, first, second } if tensor == "a" && first == FIRST && second == SECOND));
+    }
+
+    #[test]
+    fn an_index_that_is_none() {
+        assert!(
+            matches!(problem(two_shards(&[("a", FIRST), ("a", FIRST), ("b", SECOND)])), Problem::IndexTwice { tensor } if tensor == "a")
+        );
+        for text in ["{", "{}", r#"{"weight_map":{"a":1}}"#, "[]"] {
+            assert!(matches!(open(&[(INDEX, text.as_bytes())]), Err(Error::Json { path, .. }) if path.ends_with(INDEX)), "{text}");
+        }
+    }
+}

@@ -25,11 +25,13 @@ mod header;
 mod index;
 mod problem;
 mod shard;
+#[cfg(test)]
+mod testing;
 mod write;
 
 pub use fingerprint::{Fingerprint, hash_bytes};
 pub use problem::Problem;
-pub use write::{Declared, SHARD_BYTES, Writer, write_shape_only};
+pub use write::{Declared, SHARD_BYTES, Writer, free_bytes, write_shape_only};
 
 use shard::Shard;
 
@@ -244,4 +246,105 @@ fn carried(name: &str) -> bool {
     const BEGINNINGS: [&str; 4] = ["tokenizer", "chat_template", "LICENSE", "NOTICE"];
     const ENDS: [&str; 3] = [".py", ".model", ".tiktoken"];
     NAMES.contains(&name) || BEGINNINGS.iter().any(|beginning| name.starts_with(beginning)) || ENDS.iter().any(|end| name.ends_with(end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{dir, file, open, problem, vectors};
+    use super::*;
+    use crate::tensor::encode;
+
+    #[test]
+    fn values_of_any_alignment() {
+        // One byte before the f32, and a header of odd length.
+        let header = r#"{"odd":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"m":{"dtype":"F32","shape":[2,3],"data_offsets":[1,25]}}"#;
+        let values = [1.0, -2.0, 3.5, 0.0, 5.0, -6.25];
+        let data = [vec![7], encode(Dtype::F32, &values).unwrap()].concat();
+        let (_dir, checkpoint) = open(&[("model.safetensors", &file(header, &data))]).unwrap();
+        assert_eq!(checkpoint.matrix("m").unwrap(), ndarray::arr2(&[[1.0, -2.0, 3.5], [0.0, 5.0, -6.25]]));
+        assert_eq!(checkpoint.bytes("odd").unwrap(), [7]);
+        assert!(matches!(problem(checkpoint.floats("odd")), Problem::NotFloat { tensor, dtype: Dtype::U8 } if tensor == "odd"));
+        assert!(matches!(problem(checkpoint.vector("m")), Problem::Dimensions { wanted: 1, .. }));
+    }
+
+    #[test]
+    fn a_vector_is_no_matrix_and_an_absent_tensor_is_named() {
+        let (_dir, checkpoint) = open(&[("model.safetensors", &vectors(&[("v", &[1.0, 2.0])]))]).unwrap();
+        assert_eq!(checkpoint.vector("v").unwrap(), ndarray::arr1(&[1.0, 2.0]));
+        assert!(matches!(problem(checkpoint.matrix("v")), Problem::Dimensions { wanted: 2, .. }));
+        for result in [checkpoint.floats("w").map(|_| ()), checkpoint.bytes("w").map(|_| ()), checkpoint.matrix("w").map(|_| ())] {
+            assert!(matches!(problem(result), Problem::NoSuchTensor { tensor } if tensor == "w"));
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_are_placed() {
+        let header = r#"{"m":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]}}"#;
+        for (value, shown) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+            let data = encode(Dtype::Bf16, &[1.0, 2.0, 3.0, 4.0, 5.0, value]).unwrap();
+            let (_dir, checkpoint) = open(&[("model.safetensors", &file(header, &data))]).unwrap();
+            let found = problem(checkpoint.matrix("m"));
+            assert!(found.to_string().starts_with(&format!("tensor m holds {shown} at index [1, 2]")), "{found}");
+            assert!(matches!(found, Problem::NotFinite { tensor, index, .. } if tensor == "m" && index == [1, 2]));
+        }
+    }
+
+    #[test]
+    fn what_is_no_checkpoint() {
+        let empty = tempfile::tempdir().unwrap();
+        assert!(matches!(problem(Checkpoint::open(&empty.path().join("absent"))), Problem::NoDirectory));
+        assert!(matches!(problem(Checkpoint::open(empty.path())), Problem::NoConfig));
+        let weights = vectors(&[("a", &[1.0])]);
+        assert!(matches!(problem(open(&[("config.json", b"[]"), ("model.safetensors", &weights)])), Problem::ConfigNotObject));
+        let broken = open(&[("config.json", b"{"), ("model.safetensors", &weights)]);
+        assert!(matches!(broken, Err(Error::Json { path, .. }) if path.ends_with("config.json")));
+        // The file is no directory.
+        let dir = dir(&[("model.safetensors", &weights)]);
+        assert!(matches!(problem(Checkpoint::open(&dir.path().join("model.safetensors"))), Problem::NoDirectory));
+    }
+
+    #[test]
+    fn damage_is_reported_with_its_file() {
+        let whole = vectors(&[("a", &[1.0, 2.0])]);
+        let error = open(&[("model.safetensors", &whole[..whole.len() - 1])]).err().unwrap().to_string();
+        assert!(error.contains("model.safetensors: truncated: its header describes 8 bytes of data, 7 are there"), "{error}");
+    }
+
+    #[test]
+    fn shards_with_and_without_data_do_not_mix() {
+        let without = file(r#"{"__metadata__":{"moepress":"shape-only"},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, &[]);
+        let index = testing::index(&[("a", "1.safetensors"), ("b", "2.safetensors")]);
+        let files: [(&str, &[u8]); 3] =
+            [("1.safetensors", &vectors(&[("a", &[1.0])])), ("2.safetensors", &without), ("model.safetensors.index.json", &index)];
+        let found = problem(open(&files));
+        assert!(
+            matches!(found, Problem::MixedShapeOnly { shape_only, whole } if shape_only == "2.safetensors" && whole == "1.safetensors")
+        );
+    }
+
+    #[test]
+    fn the_fingerprint_sees_config_and_headers() {
+        let print = |files: &[(&str, &[u8])]| open(files).unwrap().1.fingerprint().to_owned();
+        let weights = vectors(&[("a", &[1.0])]);
+        let first = print(&[("model.safetensors", &weights)]);
+        assert_eq!(first.len(), 64);
+        assert_eq!(first, print(&[("model.safetensors", &weights), ("tokenizer.json", b"{}")]));
+        assert_ne!(first, print(&[("model.safetensors", &vectors(&[("b", &[1.0])]))]));
+        assert_ne!(first, print(&[("model.safetensors", &vectors(&[("a", &[1.0, 2.0])]))]));
+        assert_ne!(first, print(&[("model.safetensors", &weights), ("config.json", b"{ }")]));
+        assert_ne!(first, print(&[("model-00001-of-00001.safetensors", &weights)]));
+    }
+
+    #[test]
+    fn files_that_are_carried_over() {
+        let carried =
+            ["chat_template.jinja", "configuration_x.py", "generation_config.json", "merges.txt", "tokenizer.json", "tokenizer.model"];
+        let left = ["README.md", "pytorch_model.bin", "x.safetensors", "config.json.bak", ".gitattributes"];
+        let weights = vectors(&[("a", &[1.0])]);
+        let mut files: Vec<(&str, &[u8])> = carried.iter().chain(&left).map(|name| (*name, &b"x"[..])).collect();
+        files.push(("model.safetensors", &weights));
+        let (_dir, checkpoint) = open(&files).unwrap();
+        let names: Vec<_> = checkpoint.files().iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, carried);
+    }
 }

@@ -63,7 +63,9 @@ pub enum Problem {
     #[error("the file has {bytes} bytes, too few for a safetensors header; download it again")]
     TooSmall { bytes: u64 },
     /// A header past the format's limit.
-    #[error("the header's length is {header} bytes, past the format's limit of {limit}; is this a safetensors file?")]
+    #[error(
+        "the header's length is {header} bytes, past the format's limit of {limit}; it is no safetensors file, or has too many tensors"
+    )]
     HeaderTooLong { header: u64, limit: u64 },
     /// The header's length is past the file's end.
     #[error(

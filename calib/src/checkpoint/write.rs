@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use fs_err::{File, OpenOptions};
 use serde_json::json;
 
-use super::header::{self, Entry, HEADER_LIMIT, METADATA};
+use super::header::{self, Entry, METADATA};
 use super::index::{INDEX, SINGLE, file_names};
 use super::{Checkpoint, Problem, SHAPE_ONLY};
 use crate::Result;
@@ -72,9 +72,8 @@ impl Writer {
         let headers: Vec<Vec<u8>> = shards.iter().map(|entries| header::build(&metadata, entries)).collect();
         let mut places = HashMap::new();
         for (shard, (entries, header)) in shards.iter().zip(&headers).enumerate() {
-            if header.len() as u64 > HEADER_LIMIT {
-                return Err(Problem::HeaderTooLong { header: header.len() as u64, limit: HEADER_LIMIT }.at(&dir.join(&names[shard])));
-            }
+            header::check_length(header.len() as u64 - header::LENGTH_BYTES as u64)
+                .map_err(|problem| problem.at(&dir.join(&names[shard])))?;
             for Entry { name, bytes, .. } in entries {
                 let place = Place { shard, offset: header.len() as u64 + bytes.start, bytes: bytes.end - bytes.start, put: false };
                 places.insert(name.clone(), place);
@@ -200,7 +199,8 @@ fn arrange(mut tensors: Vec<Declared>, max_shard_bytes: u64) -> Result<Vec<Vec<E
         }
         let overflow = || Problem::ShapeOverflow { tensor: name.clone(), shape: shape.iter().map(|&side| side as u64).collect() };
         let bytes = dtype.bytes_of(&shape).ok_or_else(overflow)?;
-        total = total.checked_add(bytes).ok_or_else(overflow)?;
+        // No file is longer, so that no sum below overflows.
+        total = total.checked_add(bytes).filter(|&total| total <= i64::MAX as u64).ok_or_else(overflow)?;
         if used > 0 && used.saturating_add(bytes) > max_shard_bytes {
             shards.push(Vec::new());
             used = 0;
@@ -276,10 +276,19 @@ fn data_bytes(entries: &[Entry]) -> u64 {
     entries.last().map_or(0, |entry| entry.bytes.end)
 }
 
+/// Bytes that may still be written on the disk of a directory.
+///
+/// # Errors
+///
+/// [`Error::Io`](crate::Error::Io) where there is no such directory.
+pub fn free_bytes(dir: &Path) -> Result<u64> {
+    let disk = rustix::fs::statvfs(dir).map_err(std::io::Error::from)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
 /// Refuses to begin what the disk cannot hold.
 fn check_space(dir: &Path, needs: u64) -> Result<()> {
-    let disk = rustix::fs::statvfs(dir).map_err(std::io::Error::from)?;
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    let free = free_bytes(dir)?;
     if needs > free {
         return Err(Problem::NoSpace { needs, free, short: needs - free }.at(dir));
     }
@@ -309,4 +318,213 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Makes renames last.
 fn sync_dir(dir: &Path) -> Result<()> {
     Ok(File::open(dir)?.sync_all()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use safetensors::SafeTensors;
+
+    use super::super::testing::{dir, names, problem, vectors};
+    use super::*;
+
+    fn declared(name: &str, dtype: Dtype, shape: &[usize]) -> Declared {
+        Declared { name: name.to_owned(), dtype, shape: shape.to_vec() }
+    }
+
+    /// A writer into an empty directory.
+    fn create(dir: &Path, tensors: Vec<Declared>, max_shard_bytes: u64) -> Result<Writer> {
+        Writer::create(dir, tensors, max_shard_bytes, BTreeMap::new())
+    }
+
+    /// Writes f32 vectors of one value each, the tensor's number.
+    fn write(dir: &Path, tensors: &[&str], max_shard_bytes: u64) {
+        let mut writer = create(dir, tensors.iter().map(|name| declared(name, Dtype::F32, &[1])).collect(), max_shard_bytes).unwrap();
+        for (i, name) in tensors.iter().enumerate() {
+            writer.put(name, &(i as f32).to_le_bytes()).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+
+    #[test]
+    fn numbers_in_names_are_numbers() {
+        let mut sorted = ["l.10.a", "l.2.b", "l.2.a", "e", "l.2", "l.02.a", "l.x", "m", "é.1"];
+        sorted.sort_by(|a, b| natural(a, b));
+        assert_eq!(sorted, ["e", "l.2", "l.02.a", "l.2.a", "l.2.b", "l.10.a", "l.x", "m", "é.1"]);
+        assert_eq!(natural("a1", "a1"), Ordering::Equal);
+        assert_eq!(natural("99999999999999999999999", "100000000000000000000000"), Ordering::Less);
+    }
+
+    #[test]
+    fn larger_elements_come_first() {
+        let dir = dir(&[]);
+        let tensors = [
+            ("l.2.scale", Dtype::Bf16),
+            ("l.10.codes", Dtype::I32),
+            ("l.10.scale", Dtype::Bf16),
+            ("l.2.codes", Dtype::I32),
+            ("shape", Dtype::I64),
+        ];
+        let mut writer =
+            create(dir.path(), tensors.iter().map(|(name, dtype)| declared(name, *dtype, &[1])).collect(), SHARD_BYTES).unwrap();
+        for (name, dtype) in tensors {
+            writer.put(name, &vec![1; dtype.size()]).unwrap();
+        }
+        writer.finish().unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let mut places: Vec<(u64, &str)> = checkpoint.tensors().map(|info| (info.bytes.start, info.name.as_str())).collect();
+        places.sort_unstable();
+        assert_eq!(places, [(0, "shape"), (8, "l.2.codes"), (12, "l.10.codes"), (16, "l.2.scale"), (18, "l.10.scale")]);
+    }
+
+    #[test]
+    fn shards_and_their_index() {
+        let dir = dir(&[]);
+        // 8 bytes a shard: two vectors of one f32.
+        write(dir.path(), &["l.0", "l.1", "l.10", "l.2", "l.3"], 8);
+        let shard = |i: usize| format!("model-0000{i}-of-00003.safetensors");
+        assert_eq!(names(dir.path()), ["config.json".to_owned(), shard(1), shard(2), shard(3), INDEX.to_owned()]);
+        let index: serde_json::Value = serde_json::from_slice(&fs_err::read(dir.path().join(INDEX)).unwrap()).unwrap();
+        let map = json!({ "l.0": shard(1), "l.1": shard(1), "l.2": shard(2), "l.3": shard(2), "l.10": shard(3) });
+        assert_eq!(index, json!({ "metadata": { "total_size": 20 }, "weight_map": map }));
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.floats("l.10").unwrap(), [2.0]);
+    }
+
+    #[test]
+    fn the_format_is_said_once() {
+        let dir = dir(&[]);
+        write(dir.path(), &["a"], SHARD_BYTES);
+        let file = fs_err::read(dir.path().join(SINGLE)).unwrap();
+        let text = r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+        assert!(file[8..].starts_with(text.as_bytes()));
+    }
+
+    #[test]
+    fn what_may_not_be_declared() {
+        let dir = dir(&[]);
+        let refused = |tensors| problem(create(dir.path(), tensors, 8));
+        let twice = refused(vec![declared("a", Dtype::F32, &[1]), declared("a", Dtype::I64, &[2])]);
+        assert!(matches!(twice, Problem::DeclaredTwice { tensor } if tensor == "a"));
+        assert!(matches!(refused(vec![declared("__metadata__", Dtype::F32, &[1])]), Problem::ReservedName { .. }));
+        assert!(
+            matches!(refused(vec![declared("a", Dtype::F32, &[usize::MAX, 2])]), Problem::ShapeOverflow { tensor, .. } if tensor == "a")
+        );
+        let sum = vec![declared("a", Dtype::U8, &[1 << 62]), declared("b", Dtype::U8, &[1 << 62])];
+        assert!(matches!(refused(sum), Problem::ShapeOverflow { tensor, .. } if tensor == "b"));
+        assert_eq!(names(dir.path()), ["config.json"]);
+    }
+
+    #[test]
+    fn a_disk_that_is_too_small_is_found_before_anything_is_written() {
+        let dir = dir(&[]);
+        // 2^60 bytes.
+        let found = problem(create(dir.path(), vec![declared("a", Dtype::F32, &[1 << 58])], SHARD_BYTES));
+        let Problem::NoSpace { needs, free, short } = found else { panic!("{found}") };
+        assert!(needs > 1 << 60 && short == needs - free);
+        assert_eq!(names(dir.path()), ["config.json"]);
+    }
+
+    #[test]
+    fn what_may_not_be_put() {
+        let dir = dir(&[]);
+        let mut writer = create(dir.path(), vec![declared("a", Dtype::F32, &[2]), declared("b", Dtype::F32, &[2])], 8).unwrap();
+        assert!(matches!(problem(writer.put("c", &[0; 8])), Problem::Undeclared { tensor } if tensor == "c"));
+        assert!(matches!(problem(writer.put("a", &[0; 7])), Problem::WrongLength { declared: 8, given: 7, .. }));
+        writer.put("a", &[0; 8]).unwrap();
+        assert!(matches!(problem(writer.put("a", &[0; 8])), Problem::PutTwice { tensor } if tensor == "a"));
+        assert!(matches!(problem(writer.finish()), Problem::NotPut { missing: 1, first } if first == "b"));
+        // Nothing got a final name.
+        assert!(names(dir.path()).iter().all(|name| name == "config.json" || name.ends_with(".tmp")));
+    }
+
+    #[test]
+    fn what_an_earlier_run_left_is_replaced() {
+        let dir = dir(&[("other.safetensors", b"kept"), ("model-00007-of-00009.safetensors.tmp", b"left")]);
+        write(dir.path(), &["a", "b", "c"], 4);
+        // A run that was killed after its first rename.
+        drop(create(dir.path(), vec![declared("z", Dtype::F32, &[1])], 4).unwrap());
+        write(dir.path(), &["x", "y"], 4);
+        let kept = ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX, "other.safetensors"];
+        assert_eq!(names(dir.path()), kept);
+        write(dir.path(), &["z"], 4);
+        assert_eq!(names(dir.path()), ["config.json", SINGLE, "other.safetensors"]);
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().floats("z").unwrap(), [0.0]);
+    }
+
+    #[test]
+    fn a_checkpoint_of_nothing() {
+        let dir = dir(&[]);
+        write(dir.path(), &[], SHARD_BYTES);
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().tensors().count(), 0);
+    }
+
+    #[test]
+    fn a_shape_only_copy_has_the_shape_and_the_fingerprint() {
+        let whole = dir(&[("config.json", br#"{"model_type":"x"}"#)]);
+        write(whole.path(), &["a", "b", "c"], 8);
+        let original = Checkpoint::open(whole.path()).unwrap();
+        let parent = tempfile::tempdir().unwrap();
+        let copies = [parent.path().join("copy"), parent.path().join("of a copy")];
+        write_shape_only(&original, &copies[0]).unwrap();
+        write_shape_only(&Checkpoint::open(&copies[0]).unwrap(), &copies[1]).unwrap();
+        for dir in &copies {
+            let copy = Checkpoint::open(dir).unwrap();
+            assert!(copy.is_shape_only() && !original.is_shape_only());
+            assert!(copy.tensors().eq(original.tensors()));
+            assert_eq!(copy.config(), original.config());
+            assert_eq!(copy.fingerprint(), original.fingerprint());
+            assert!(matches!(problem(copy.bytes("a")), Problem::ShapeOnly { tensor } if tensor == "a"));
+            assert!(matches!(problem(copy.floats("b")), Problem::ShapeOnly { tensor } if tensor == "b"));
+        }
+    }
+
+    #[test]
+    fn a_shape_only_copy_overwrites_nothing() {
+        let whole = dir(&[("model.safetensors", &vectors(&[("a", &[1.0])]))]);
+        let original = Checkpoint::open(whole.path()).unwrap();
+        assert!(matches!(problem(write_shape_only(&original, whole.path())), Problem::Occupied { file } if file == "config.json"));
+        assert_eq!(original.floats("a").unwrap(), [1.0]);
+    }
+
+    /// Any tensors: names with numbers, all types, up to three sides of up to three.
+    fn tensors() -> impl Strategy<Value = Vec<(Declared, Vec<u8>)>> {
+        let shape = prop::collection::vec(0usize..4, 0..4);
+        let one = ("[a-c]{1,2}\\.[0-9]{1,3}\\.[\"\\\\a-b日]{1,2}", prop::sample::select(Dtype::ALL.to_vec()), shape, any::<u8>());
+        prop::collection::vec(one, 0..12).prop_map(|all| {
+            let unique: BTreeMap<String, _> = all.into_iter().map(|(name, dtype, shape, seed)| (name, (dtype, shape, seed))).collect();
+            let tensor = |(name, (dtype, shape, seed)): (String, (Dtype, Vec<usize>, u8))| {
+                let bytes = dtype.bytes_of(&shape).unwrap();
+                (Declared { name, dtype, shape }, (0..bytes).map(|i| seed.wrapping_mul(31).wrapping_add(i as u8)).collect())
+            };
+            unique.into_iter().map(tensor).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(tensors in tensors().prop_shuffle(), max_shard_bytes in 0u64..200) {
+            let dir = dir(&[]);
+            let declared = tensors.iter().map(|(declared, _)| declared.clone()).rev().collect();
+            let mut writer = create(dir.path(), declared, max_shard_bytes).unwrap();
+            for (declared, bytes) in &tensors {
+                writer.put(&declared.name, bytes).unwrap();
+            }
+            writer.finish().unwrap();
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            prop_assert_eq!(checkpoint.tensors().count(), tensors.len());
+            for (Declared { name, dtype, shape }, bytes) in &tensors {
+                let info = checkpoint.info(name).unwrap();
+                prop_assert_eq!((&info.dtype, &info.shape), (dtype, shape));
+                prop_assert_eq!(info.bytes.start % dtype.size() as u64, 0);
+                prop_assert_eq!(checkpoint.bytes(name).unwrap(), bytes);
+            }
+            for shard in &checkpoint.shards {
+                prop_assert_eq!(shard.header.bytes % 8, 0);
+                let filled = shard.header.entries.iter().filter(|entry| !entry.bytes.is_empty()).count();
+                prop_assert!(shard.header.data <= max_shard_bytes || filled == 1);
+                prop_assert!(SafeTensors::deserialize(&fs_err::read(&shard.path).unwrap()).is_ok());
+            }
+        }
+    }
 }

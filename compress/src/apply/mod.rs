@@ -1,0 +1,177 @@
+//! Does what the plan says: the only loop over layers that writes.
+//!
+//! [`solve`] chooses every matrix's codes and leaves them in `DIR/solved`, one file a layer ([`crate::solved`]); [`write`] turns
+//! those into the formats asked for. There is no threshold, no default and no fallback here: what the plan does not say is an error.
+//!
+//! **Rounding** reads one matrix after the other. **GPTQ** is the second pass: samples go through the original model layer by layer
+//! (so every layer sees the inputs it has there, order `independent`), and each site's second moment is solved and dropped as soon as
+//! its rows have all been seen. The hidden states between two layers are kept on disk: a run that was killed goes on after the last
+//! finished layer, with the same bytes.
+//!
+//! **Memory**, beside the forward pass's own (`calib::forward`): rounding holds matrices of at most twice the weights of the layer's
+//! largest at once, each in f32 with its codes and packed words, about `2 · 1.7 · 4` bytes a weight of the largest; GPTQ for every
+//! site in flight a moment and its factor (`8 · K²` bytes for `K` inputs) and one matrix with its working copy (`8` bytes a weight).
+
+mod output;
+#[cfg(test)]
+mod tests;
+mod tokens;
+mod work;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use calib::device::{Device, Job as DeviceJob};
+use calib::forward::{NoTap, Options, Tap, decoder_layer};
+use calib::pass::{Stream, stream_layers};
+use calib::progress::Progress;
+use calib::{Model, Weights};
+use rayon::prelude::*;
+
+pub use output::{contents_of, write};
+
+use crate::plan::{Plan, Solver as Who};
+use crate::quantize::Quantizer;
+use crate::quantize::rtn::{self, rtn};
+use crate::solved::{By, LayerFile, Report, Solved};
+use crate::{Error, Result};
+use work::Job;
+
+/// What solving a model came to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outcome {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Layers that an earlier run had finished.
+    pub resumed: usize,
+    /// Matrices, by how their codes were chosen.
+    pub matrices: BTreeMap<By, usize>,
+    /// Matrices that the plan rounds instead of solving, because no token reached them.
+    pub rounded: usize,
+    /// Sum of `tr(ΔW · H · ΔWᵀ)` over the matrices that were solved against tokens.
+    pub loss: f64,
+}
+
+/// Chooses the codes of every matrix that the plan quantizes, and leaves them under `dir` (`OUT/moepress`).
+///
+/// Goes on after the last layer that an earlier run of the same plan finished. `samples` are token ids, and are needed where the plan's
+/// quantizer solves against tokens. The bits do not depend on the number of threads, nor on interruptions.
+///
+/// # Errors
+///
+/// [`Error::OtherModel`], [`Error::PlanMisfit`], [`Error::OtherPlan`], [`Error::NoSamples`] before any work; [`Error::Unreached`]; whatever
+/// reading the model, the forward pass, a quantizer or writing brings up.
+pub fn solve(
+    model: &Model,
+    plan: &Plan,
+    samples: Option<&[Vec<u32>]>,
+    dir: &Path,
+    device: Device,
+    progress: &dyn Progress,
+) -> Result<Outcome> {
+    let layers = work::by_layer(model, plan)?;
+    let solved = Solved::begin(dir, plan, layers.len())?;
+    let resumed = solved.done();
+    let snapshots = solved.snapshots();
+    let rest = &layers[resumed..];
+    if rest.iter().flatten().any(|job| job.needs_tokens(plan)) {
+        let ids = samples.ok_or(Error::NoSamples)?;
+        // A snapshot is only as good as the layers before it.
+        if snapshots.next_layer()?.is_some_and(|next| next > resumed) {
+            snapshots.remove()?;
+        }
+        let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved })?;
+    } else {
+        progress.start("layers", rest.len() as u64);
+        for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
+            let file = solved.create(layer, &declared(jobs))?;
+            round(model, plan, jobs, &file)?;
+            file.finish()?;
+            progress.tick(1);
+        }
+        progress.finish();
+    }
+    snapshots.remove()?;
+    outcome(&solved, &layers, resumed)
+}
+
+/// The second pass: tokens go through the original layers, and each layer's matrices are solved on the way.
+struct Run<'a> {
+    stream: Stream<'a>,
+    model: &'a Model,
+    plan: &'a Plan,
+    layers: &'a [Vec<Job<'a>>],
+    solved: &'a Solved,
+}
+
+impl DeviceJob for Run<'_> {
+    type Output = Result<()>;
+
+    fn run<B: Backend>(self, device: &B::Device) -> Result<()> {
+        stream_layers::<B>(&self.stream, device, &mut |layer, hidden| self.layer(layer, hidden).map_err(tokens::boxed))?;
+        Ok(())
+    }
+}
+
+impl Run<'_> {
+    fn layer<B: Backend>(&self, layer: usize, hidden: &mut [Tensor<B, 3>]) -> Result<()> {
+        let (options, jobs) = (Options::of::<B>(), &self.layers[layer]);
+        // Killed after a layer's file was finished and before its hidden states were: they are made again.
+        if self.solved.path(layer).exists() {
+            return Ok(decoder_layer(self.model, layer, hidden, &NoTap, options)?);
+        }
+        let file = self.solved.create(layer, &declared(jobs))?;
+        round(self.model, self.plan, jobs, &file)?;
+        let solver = tokens::Solver::new(self.model, self.plan, jobs, &file);
+        let tap: &dyn Tap<B> = match &solver {
+            Some(solver) => solver,
+            None => &NoTap,
+        };
+        decoder_layer(self.model, layer, hidden, tap, options)?;
+        file.finish()
+    }
+}
+
+fn declared<'a>(jobs: &[Job<'a>]) -> Vec<(&'a str, [usize; 2], &'a crate::plan::Quantize)> {
+    jobs.iter().map(|job| (job.name, job.shape, job.how)).collect()
+}
+
+/// Rounds the matrices that need no tokens, a few at a time.
+fn round(model: &Model, plan: &Plan, jobs: &[Job<'_>], file: &LayerFile) -> Result<()> {
+    let jobs: Vec<Job<'_>> = jobs.iter().filter(|job| !job.needs_tokens(plan)).cloned().collect();
+    let params = rounding(plan);
+    let largest = jobs.iter().map(Job::weights).max().unwrap_or(0);
+    for run in work::runs(&jobs, 2 * largest) {
+        run.par_iter().try_for_each(|job| {
+            let matrix = rtn(model.matrix(job.role)?.view(), &job.how.width(), &params)?;
+            file.put(job.name, &matrix, &Report { by: By::Rtn, solved: None })
+        })?;
+    }
+    Ok(())
+}
+
+/// The knobs of rounding: the plan's own, or GPTQ's search for scales where the plan rounds what it cannot solve.
+fn rounding(plan: &Plan) -> rtn::Params {
+    match &plan.quantizer {
+        Some(Quantizer::Rtn(params)) => params.clone(),
+        Some(Quantizer::Gptq(params)) => rtn::Params { clips: params.clips },
+        None => rtn::Params::default(),
+    }
+}
+
+fn outcome(solved: &Solved, layers: &[Vec<Job<'_>>], resumed: usize) -> Result<Outcome> {
+    let mut outcome = Outcome { layers: layers.len(), resumed, ..Outcome::default() };
+    for (layer, jobs) in layers.iter().enumerate() {
+        let file = solved.open(layer)?;
+        for job in jobs {
+            let report = file.report(job.name)?;
+            *outcome.matrices.entry(report.by).or_default() += 1;
+            outcome.rounded += usize::from(matches!(job.how.solver, Who::Rounded { .. }));
+            outcome.loss += report.solved.map_or(0.0, |account| account.loss.undamped);
+        }
+    }
+    Ok(outcome)
+}

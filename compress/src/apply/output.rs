@@ -1,0 +1,131 @@
+//! From solved layers to the formats asked for.
+
+use std::borrow::Cow;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use calib::Model;
+use calib::arch::Role;
+use calib::progress::Progress;
+use calib::tensor::{self, Dtype};
+use kernels::QuantizedMatrix;
+
+use super::work;
+use crate::export::{self, Contents, Exports, Form, Scheme, Source, Tensor, Written, Zero};
+use crate::plan::{Action, Plan, Quantize};
+use crate::quantize::Grid;
+use crate::solved::{LayerRead, Solved};
+use crate::{Error, Result};
+
+/// Writes every format asked for: the first at the top of `out`, every further one in a folder of its name.
+///
+/// `dir` is where [`solve`](super::solve) left the codes.
+///
+/// # Errors
+///
+/// As [`export::write`]; [`Error::Unsolved`] if a layer is missing; [`Error::OtherModel`], [`Error::PlanMisfit`], [`Error::OtherPlan`].
+pub fn write(model: &Model, plan: &Plan, dir: &Path, exports: &Exports, out: &Path, progress: &dyn Progress) -> Result<Vec<Written>> {
+    let source = FromSolved::open(model, plan, dir)?;
+    export::write(&source.contents()?, exports, out, progress)
+}
+
+/// Every tensor that an output of this plan holds, in no format yet: what [`export::refusals`] asks before any work is done.
+///
+/// # Errors
+///
+/// [`Error::PlanMisfit`] for a tensor that the model does not have.
+pub fn contents_of(model: &Model, plan: &Plan) -> Result<Vec<Tensor>> {
+    let checkpoint = model.checkpoint();
+    let mut tensors = Vec::new();
+    for (name, action) in &plan.tensors {
+        let info = checkpoint.info(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "the model does not have it" })?;
+        let form = match action {
+            Action::Drop { .. } => continue,
+            Action::Keep => Form::Kept(kept_as(info.dtype)),
+            Action::Quantize(how) => Form::Quantized(scheme(how)),
+        };
+        let role = model.layout().role(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "it has no role in the model" })?;
+        tensors.push(Tensor { name: name.clone(), shape: info.shape.clone(), kind: role.kind(), form });
+    }
+    Ok(tensors)
+}
+
+/// The config of an output no longer says fp8, so what is kept cannot be fp8 either.
+fn kept_as(stored: Dtype) -> Dtype {
+    match stored {
+        Dtype::F8E4m3 | Dtype::F8E5m2 => Dtype::Bf16,
+        other => other,
+    }
+}
+
+fn scheme(how: &Quantize) -> Scheme {
+    let zero = match how.grid {
+        Grid::Sym => Zero::Symmetric,
+        Grid::Half => Zero::Half,
+        Grid::Asym => Zero::Integer,
+        Grid::Offset => Zero::Real,
+    };
+    Scheme { bits: how.bits, group: how.group, zero, scale: how.scale }
+}
+
+/// What was solved, and what the model holds beside it.
+pub(super) struct FromSolved<'a> {
+    model: &'a Model,
+    plan: &'a Plan,
+    solved: Solved,
+    /// The layer opened last: matrices are asked for by name, so mostly a layer at a time.
+    open: Mutex<Option<(usize, Arc<LayerRead>)>>,
+}
+
+impl<'a> FromSolved<'a> {
+    /// Opens the layers that [`solve`](super::solve) left in `dir`; all of them must be there.
+    pub fn open(model: &'a Model, plan: &'a Plan, dir: &Path) -> Result<Self> {
+        let layers = work::by_layer(model, plan)?.len();
+        Ok(Self { model, plan, solved: Solved::finished(dir, plan, layers)?, open: Mutex::new(None) })
+    }
+
+    /// The compressed model in no format yet.
+    pub fn contents(&self) -> Result<Contents<'_>> {
+        let checkpoint = self.model.checkpoint();
+        Ok(Contents {
+            config: fs_err::read_to_string(checkpoint.dir().join("config.json"))?,
+            files: checkpoint.files().to_vec(),
+            tensors: contents_of(self.model, self.plan)?,
+            source: self,
+        })
+    }
+
+    fn layer(&self, layer: usize) -> Result<Arc<LayerRead>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, file)) = open.as_ref().filter(|(at, _)| *at == layer) {
+            return Ok(Arc::clone(file));
+        }
+        let file = Arc::new(self.solved.open(layer)?);
+        *open = Some((layer, Arc::clone(&file)));
+        Ok(file)
+    }
+}
+
+impl Source for FromSolved<'_> {
+    fn kept(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let checkpoint = self.model.checkpoint();
+        let stored = checkpoint.info(name).map(|info| info.dtype);
+        match stored.filter(|&dtype| kept_as(dtype) != dtype) {
+            None => Ok(Cow::Borrowed(checkpoint.bytes(name)?)),
+            Some(dtype) => {
+                let bytes = tensor::encode(kept_as(dtype), &checkpoint.floats(name)?);
+                Ok(Cow::Owned(bytes.ok_or_else(|| Error::PlanMisfit { name: name.to_owned(), what: "it cannot be converted to bf16" })?))
+            }
+        }
+    }
+
+    fn quantized(&self, name: &str) -> Result<QuantizedMatrix> {
+        let (Some(Action::Quantize(how)), Some(role)) = (self.plan.tensors.get(name), self.model.layout().role(name)) else {
+            return Err(Error::PlanMisfit { name: name.to_owned(), what: "it is not quantized" });
+        };
+        let Role::Layer(layer, _) = role else { return Err(Error::PlanMisfit { name: name.to_owned(), what: "it stands in no layer" }) };
+        let shape = self.model.checkpoint().info(name).map(|info| info.shape.clone()).unwrap_or_default();
+        let shape = <[usize; 2]>::try_from(shape).map_err(|shape| Error::NotAMatrix { name: name.to_owned(), shape })?;
+        self.layer(layer)?.matrix(name, shape, how)
+    }
+}

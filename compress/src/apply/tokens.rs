@@ -1,0 +1,99 @@
+//! What one layer's matrices need from the tokens that pass through it: second moments, one site at a time.
+//!
+//! A site's moment `Σ x xᵀ` grows while its rows arrive, is factorized once when they have all been seen, serves every matrix of the
+//! site (gate and up share one), and is dropped. So as many moments are held as sites are in flight: the experts that run at the
+//! same time, and one attention site.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, PoisonError};
+
+use burn::tensor::{Tensor, backend::Backend};
+use calib::arch::Site;
+use calib::forward::{Routed, Tap, values};
+use calib::stats::Moment;
+use calib::{Model, Weights};
+use kernels::Group;
+use ndarray::ArrayView2;
+
+use super::work::Job;
+use crate::plan::Plan;
+use crate::quantize::factor::factorize;
+use crate::quantize::{Kept, Quantizer, Solved, gptq};
+use crate::solved::{Account, By, LayerFile, Report};
+use crate::{Error, Result};
+
+/// Solves the matrices of one layer while tokens pass through it.
+pub struct Solver<'a> {
+    model: &'a Model,
+    params: &'a gptq::Params,
+    file: &'a LayerFile,
+    jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
+    moments: Mutex<HashMap<Site, Moment>>,
+}
+
+impl<'a> Solver<'a> {
+    /// Those of `jobs` that need tokens.
+    pub fn new(model: &'a Model, plan: &'a Plan, jobs: &'a [Job<'a>], file: &'a LayerFile) -> Option<Self> {
+        let Some(Quantizer::Gptq(params)) = &plan.quantizer else { return None };
+        let mut by_site: BTreeMap<Site, Vec<&Job<'_>>> = BTreeMap::new();
+        for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
+            by_site.entry(job.site).or_default().push(job);
+        }
+        Some(Self { model, params, file, jobs: by_site, moments: Mutex::default() })
+    }
+
+    fn take(&self, site: Site) -> Option<Moment> {
+        self.moments.lock().unwrap_or_else(PoisonError::into_inner).remove(&site)
+    }
+
+    fn add<B: Backend>(&self, site: Site, rows: &Tensor<B, 2>) -> calib::Result<()> {
+        let [count, width] = rows.dims();
+        let mut moment = self.take(site).unwrap_or_else(|| Moment::new(width));
+        let values = values(rows.clone(), "inputs of a site")?;
+        if let Ok(rows) = ArrayView2::from_shape((count, width), &values) {
+            moment.add(rows, None);
+        }
+        self.moments.lock().unwrap_or_else(PoisonError::into_inner).insert(site, moment);
+        Ok(())
+    }
+
+    fn solve(&self, site: Site) -> Result<()> {
+        let Some(jobs) = self.jobs.get(&site) else { return Ok(()) };
+        let Some(moment) = self.take(site).filter(|moment| moment.tokens() > 0) else {
+            return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
+        };
+        let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
+        let factor = factorize(moment.into_matrix(), &groups, self.params)?;
+        for job in jobs {
+            let w = self.model.matrix(job.role)?;
+            let solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
+            let Solved { kept, loss, damping, dead_channels, .. } = solved;
+            let by = if kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
+            let report = Report { by, solved: Some(Account { loss, damping, dead_channels }) };
+            self.file.put(job.name, &solved.matrix, &report)?;
+        }
+        Ok(())
+    }
+}
+
+/// An error of ours on its way through the forward pass.
+pub(super) fn boxed(error: Error) -> calib::Error {
+    match error {
+        Error::Calib(error) => error,
+        other => calib::Error::Tap(Box::new(other)),
+    }
+}
+
+impl<B: Backend> Tap<B> for Solver<'_> {
+    fn wants(&self, _: usize, site: Site) -> bool {
+        self.jobs.contains_key(&site)
+    }
+
+    fn rows(&self, _: usize, site: Site, rows: &Tensor<B, 2>, _: Option<&Routed>) -> calib::Result<()> {
+        self.add(site, rows)
+    }
+
+    fn done(&self, _: usize, site: Site) -> calib::Result<()> {
+        self.solve(site).map_err(boxed)
+    }
+}

@@ -1,0 +1,154 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use calib::device::DeviceChoice;
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+/// Compresses Mixture-of-Experts checkpoints after training.
+///
+/// A recipe (TOML) says which model, what is done to it and where the result goes; `run` does all of it.
+#[derive(Debug, Parser)]
+#[command(name = "moepress", version, propagate_version = true)]
+pub(super) struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
+pub(super) struct Global {
+    /// Where the model runs: cpu, cuda, cuda:N or auto (cuda where there is one)
+    #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
+    pub device: DeviceChoice,
+    /// Threads to use; the result does not depend on it [default: one a core]
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<std::num::NonZeroUsize>,
+    /// Say nothing on the way but warnings and errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more on the way
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// How to say it: text for people, json for machines (one object a line, on standard error)
+    #[arg(long, global = true, default_value = "text", value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// How progress and errors are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum LogFormat {
+    Text,
+    Json,
+}
+
+/// How a result is written.
+#[derive(Clone, Copy, Debug, Args)]
+pub(super) struct Json {
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Show what a checkpoint is: family, layers, experts, parameters, bytes by role; with -v every tensor
+    Inspect(InspectArgs),
+    /// Find every problem of a recipe, against the model's shape, and do nothing
+    Check(RecipeArgs),
+    /// Do everything a recipe says: calibrate, plan, apply, export, evaluate; goes on where it was interrupted
+    Run(StageArgs),
+    /// Only the first stage: measure the model on the recipe's texts
+    Calibrate(StageArgs),
+    /// Up to the plan: decide what becomes of every tensor
+    Plan(StageArgs),
+    /// Up to the output: everything but the evaluation
+    Apply(StageArgs),
+    /// Perplexity of a checkpoint on texts; with --reference also KL divergence and top-1 agreement
+    Eval(EvalArgs),
+    /// Print the JSON schema of a recipe
+    Schema,
+    /// Print a completion script
+    Completions {
+        /// The shell to complete for
+        shell: Shell,
+    },
+}
+
+/// A recipe and what replaces its values.
+#[derive(Debug, Args)]
+pub(super) struct RecipeArgs {
+    /// The recipe, a TOML file
+    pub recipe: PathBuf,
+    /// The checkpoint, instead of the recipe's `model`
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Where the result goes, instead of the recipe's `out`
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Replace a value of the recipe, such as allocate.bits=3; may be given more than once
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct StageArgs {
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
+    /// Start over: discard what an earlier run left in the output directory
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InspectArgs {
+    /// The checkpoint's directory
+    pub model: PathBuf,
+    /// Also write the checkpoint's headers without its data to this directory
+    #[arg(long, value_name = "OUT")]
+    pub shape_only: Option<PathBuf>,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("input").required(true).args(["text", "tokens"]))]
+pub(super) struct EvalArgs {
+    /// The checkpoint's directory: an original, or an output of moepress
+    pub model: PathBuf,
+    /// Texts to evaluate on
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub text: Vec<PathBuf>,
+    /// The original to compare with
+    #[arg(long, value_name = "MODEL", requires = "text")]
+    pub reference: Option<PathBuf>,
+    /// Tokens a window
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    pub context: usize,
+    /// At most this many tokens a text
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<usize>,
+    /// Token ids (a JSON list, or a list of equally long lists) to run instead of texts
+    #[arg(long, value_name = "FILE", requires = "dump", conflicts_with_all = ["text", "max_tokens"])]
+    pub tokens: Option<PathBuf>,
+    /// Where to write what the forward pass computes for --tokens, as safetensors
+    #[arg(long, value_name = "FILE", requires = "tokens")]
+    pub dump: Option<PathBuf>,
+    /// Round the dequantized experts of a packed checkpoint, as transformers does
+    #[arg(long, value_name = "TYPE")]
+    pub round_experts: Option<RoundTo>,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+/// What dequantized experts are rounded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum RoundTo {
+    Bf16,
+}

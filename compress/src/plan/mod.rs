@@ -1,0 +1,260 @@
+//! The plan: what becomes of every tensor. Above it everything decides, below it everything obeys.
+//!
+//! `plan.json` holds no time stamp and no absolute path, and its keys are sorted: the same inputs give the same bytes.
+
+mod shape;
+mod summary;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use calib::arch::{Part, Role};
+use kernels::{Group, ScaleType};
+use serde::{Deserialize, Serialize};
+
+use crate::allocate::{Allocate, Glob};
+use crate::quantize::{self, Grid, Quantizer};
+use crate::recipe::Recipe;
+use crate::{Error, Result};
+
+pub use shape::{Measured, Seen, Shape, Tensor};
+pub use summary::Summary;
+
+/// The version of [`Plan::schema`] that this program writes.
+pub const SCHEMA: u32 = 1;
+
+/// What becomes of one checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Version of this file's form.
+    pub schema: u32,
+    /// Fingerprint of the checkpoint that it was made for.
+    pub model: String,
+    /// Hash of the calibration samples, where a pass was needed.
+    pub corpus: Option<String>,
+    /// The solver of every tensor whose action says `Solver::Planned`.
+    pub quantizer: Option<Quantizer>,
+    /// One entry for every tensor of the checkpoint (FP8 companions folded away), by name.
+    pub tensors: BTreeMap<String, Action>,
+}
+
+/// What becomes of one tensor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Action {
+    /// Carried over bit for bit (FP8 is converted to bf16, because the output's config no longer says fp8).
+    Keep,
+    /// Left out of the output.
+    Drop {
+        /// Why.
+        reason: String,
+    },
+    /// Quantized.
+    Quantize(Quantize),
+}
+
+/// How one matrix is quantized.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantize {
+    /// Bits a code.
+    pub bits: u8,
+    /// Inputs that share a scale.
+    pub group: Group,
+    /// Where zero lies.
+    pub grid: Grid,
+    /// Stored type of the scales.
+    pub scale: ScaleType,
+    /// Who chooses the codes.
+    pub solver: Solver,
+    /// Input channels that no calibration token excited: their weights are rounded, not solved.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub dead_channels: usize,
+}
+
+impl Quantize {
+    /// What a quantizer is asked for.
+    pub fn width(&self) -> quantize::Width {
+        quantize::Width { bits: self.bits, group: self.group, scale_type: self.scale, grid: self.grid }
+    }
+}
+
+/// Who chooses the codes of one matrix.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Solver {
+    /// The plan's quantizer.
+    Planned,
+    /// Rounding to nearest instead, and why (an expert that saw no token).
+    Rounded {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Decides what becomes of every tensor. Pure: the same inputs give the same plan.
+///
+/// With `measured`, an expert that no token reached is rounded to nearest and dead channels are counted. Without it (a solver
+/// that needs no calibration, or a checkpoint without data) every matrix goes to the solver.
+///
+/// # Errors
+///
+/// [`Error::BudgetNotBuilt`] for a budget other than `bits`.
+pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Result<Plan> {
+    let quantizer = recipe.quantize.clone();
+    let width = match (&quantizer, &recipe.allocate) {
+        (Some(quantizer), Some(allocate)) => Some(Width::of(quantizer, allocate)?),
+        _ => None,
+    };
+    let action = |tensor: &Tensor| match (tensor.role, &width, tensor.quantizable()) {
+        (Role::Buffer, ..) => {
+            Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
+        }
+        (_, Some(width), Some((layer, part, _))) if !width.excludes(&tensor.name) => {
+            Action::Quantize(width.quantize(tensor, layer, part, measured))
+        }
+        _ => Action::Keep,
+    };
+    Ok(Plan {
+        schema: SCHEMA,
+        model: shape.fingerprint.clone(),
+        corpus: measured.map(|m| m.corpus.clone()),
+        tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
+        quantizer,
+    })
+}
+
+/// Reads a plan.
+///
+/// # Errors
+///
+/// An IO error; [`Error::Json`] if the file is not a plan.
+pub fn read(path: &Path) -> Result<Plan> {
+    serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })
+}
+
+/// The one width of a uniform plan.
+struct Width {
+    bits: u8,
+    group: Group,
+    exclude: Vec<Glob>,
+    calibrated: bool,
+}
+
+impl Width {
+    fn of(quantizer: &Quantizer, allocate: &Allocate) -> Result<Self> {
+        let budget = || Error::BudgetNotBuilt { budget: allocate.budgets().first().copied().unwrap_or("bits") };
+        Ok(Self {
+            bits: allocate.bits.ok_or_else(budget)?,
+            group: allocate.group.0,
+            exclude: allocate.globs(),
+            calibrated: quantizer.needs_calibration(),
+        })
+    }
+
+    fn excludes(&self, name: &str) -> bool {
+        self.exclude.iter().any(|glob| glob.matches(name))
+    }
+
+    fn quantize(&self, tensor: &Tensor, layer: usize, part: Part, measured: Option<&Measured>) -> Quantize {
+        let seen = measured
+            .filter(|_| self.calibrated)
+            .map(|m| part.site().and_then(|site| m.sites.get(&(layer, site)).copied()).unwrap_or_default());
+        let solver = match (seen, part) {
+            (Some(Seen { rows: 0, .. }), Part::Expert(expert, _)) => {
+                Solver::Rounded { reason: format!("no calibration token reached expert {expert} of layer {layer}") }
+            }
+            (Some(Seen { rows: 0, .. }), _) => Solver::Rounded { reason: "no calibration token reached it".into() },
+            _ => Solver::Planned,
+        };
+        let dead_channels = seen.filter(|seen| seen.rows > 0).map_or(0, |seen| seen.dead);
+        Quantize { bits: self.bits, group: self.group, grid: Grid::Sym, scale: tensor.scale, solver, dead_channels }
+    }
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use calib::arch::{Projection, Site};
+
+    fn recipe(quantizer: &str, exclude: &str) -> Recipe {
+        let text = format!("schema = 1\n[quantize.{quantizer}]\n[allocate]\nbits = 4\ngroup = 32\nexclude = [{exclude}]\n");
+        toml::from_str(&text).unwrap()
+    }
+
+    fn tensor(name: &str, role: Role, shape: &[usize]) -> Tensor {
+        let bytes = 2 * shape.iter().product::<usize>() as u64;
+        Tensor { name: name.into(), shape: shape.into(), role, scale: ScaleType::Bf16, bytes }
+    }
+
+    fn shape() -> Shape {
+        let expert = |e, p| Role::Layer(0, Part::Expert(e, p));
+        let tensors = vec![
+            tensor("a.router.weight", Role::Layer(0, Part::Router), &[2, 64]),
+            tensor("b.0.up.weight", expert(0, Projection::Up), &[32, 64]),
+            tensor("b.0.gate.weight", expert(0, Projection::Gate), &[32, 64]),
+            tensor("b.1.up.weight", expert(1, Projection::Up), &[32, 64]),
+            tensor("c.inv_freq", Role::Buffer, &[8]),
+            tensor("d.q.weight", Role::Layer(0, Part::Query), &[64, 64]),
+        ];
+        Shape { fingerprint: "f".into(), tensors }
+    }
+
+    fn measured() -> Measured {
+        let sites = [
+            ((0, Site::ExpertIn(0)), Seen { rows: 9, dead: 3 }),
+            ((0, Site::ExpertIn(1)), Seen { rows: 0, dead: 64 }),
+            ((0, Site::AttentionIn), Seen { rows: 20, dead: 0 }),
+        ];
+        Measured { corpus: "c".into(), sites: sites.into() }
+    }
+
+    #[test]
+    fn every_tensor_has_an_action() {
+        let plan = make(&recipe("gptq", "'d.*'"), &shape(), Some(&measured())).unwrap();
+        let of = |name: &str| &plan.tensors[name];
+        assert_eq!(plan.tensors.len(), 6);
+        assert_eq!(*of("a.router.weight"), Action::Keep);
+        assert_eq!(*of("d.q.weight"), Action::Keep);
+        assert!(matches!(of("c.inv_freq"), Action::Drop { .. }));
+        let Action::Quantize(q) = of("b.0.up.weight") else { panic!() };
+        assert_eq!((q.bits, q.group, q.dead_channels, &q.solver), (4, Group::Size(32), 3, &Solver::Planned));
+        let Action::Quantize(q) = of("b.1.up.weight") else { panic!() };
+        let reason = "no calibration token reached expert 1 of layer 0".to_owned();
+        assert_eq!((&q.solver, q.dead_channels), (&Solver::Rounded { reason }, 0));
+        assert_eq!((plan.model.as_str(), plan.corpus.as_deref()), ("f", Some("c")));
+    }
+
+    #[test]
+    fn rounding_to_nearest_needs_no_tokens() {
+        let plan = make(&recipe("rtn", ""), &shape(), Some(&measured())).unwrap();
+        let planned =
+            plan.tensors.values().filter(|a| matches!(a, Action::Quantize(q) if q.solver == Solver::Planned && q.dead_channels == 0));
+        assert_eq!(planned.count(), 4);
+    }
+
+    #[test]
+    fn the_summary_counts_bytes_experts_and_channels_once() {
+        let plan = make(&recipe("gptq", ""), &shape(), Some(&measured())).unwrap();
+        let sum = plan.summary(&shape());
+        // Rows of 64 codes of 4 bits are 8 words, and two scales of 2 bytes: 36 bytes; 32 + 32 + 32 + 64 rows.
+        assert_eq!((sum.matrices, sum.bytes_after), (4, 36 * 160));
+        assert_eq!(sum.bits_per_weight(), Some(4.5));
+        // The router, 2 · 64 bf16.
+        assert_eq!((sum.bytes_kept, sum.dropped, sum.excluded), (256, 1, 0));
+        // Gate and up of expert 0 share their three dead inputs.
+        assert_eq!((sum.rounded_experts, sum.dead_channels), (1, 3));
+    }
+
+    #[test]
+    fn a_plan_reads_back_as_written() {
+        let plan = make(&recipe("gptq", ""), &shape(), Some(&measured())).unwrap();
+        let text = serde_json::to_string_pretty(&plan).unwrap();
+        assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+    }
+}

@@ -1,0 +1,269 @@
+//! Every problem of value at once, before any hour is spent.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use kernels::Group;
+
+use super::{Loaded, Problem, Recipe, SCHEMA, Source};
+use crate::Error;
+use crate::allocate::{Allocate, BUDGETS, Glob};
+use crate::plan::{Shape, Tensor};
+
+/// What is wrong with a recipe whatever the model.
+pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
+    let Loaded { recipe, source } = loaded;
+    let mut found = Vec::new();
+    let mut add = |key: &str, message: String, help: &str| {
+        found.push(source.problem(key, message, (!help.is_empty()).then(|| help.to_owned())));
+    };
+    if recipe.schema != SCHEMA {
+        add("schema", format!("schema {} is not known; this program reads schema {SCHEMA}", recipe.schema), "");
+    }
+    for (key, given) in [("model", &recipe.model), ("out", &recipe.out)] {
+        if given.is_none() {
+            add(key, format!("there is no `{key}`"), &format!("name it in the recipe or with --{key} DIR"));
+        }
+    }
+    match (&recipe.quantize, &recipe.allocate) {
+        (Some(_), None) => add("quantize", "there is a quantizer but no [allocate]".into(), "say how many bits, such as allocate.bits = 4"),
+        (None, Some(_)) => add("allocate", "there are widths but no quantizer".into(), "name one, such as [quantize.gptq]"),
+        (None, None) => add("quantize", "nothing is asked for".into(), "name a quantizer, such as [quantize.gptq], and allocate.bits"),
+        (Some(_), Some(_)) => {}
+    }
+    if recipe.export.compressed_tensors.is_none() && recipe.export.dense.is_none() {
+        add("export", "no format is asked for".into(), "add [export.compressed_tensors] or [export.dense]");
+    }
+    found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
+    found.extend(check_texts(recipe, source));
+    found
+}
+
+fn check_widths(allocate: &Allocate, source: &Source) -> Vec<Problem> {
+    let budgets = allocate.budgets();
+    let mut found = Vec::new();
+    if budgets.len() != 1 {
+        let message = format!(
+            "one of {} is needed, and there {}",
+            BUDGETS.join(", "),
+            match budgets.len() {
+                0 => "is none".into(),
+                _ => format!("are {}: {}", budgets.len(), budgets.join(", ")),
+            }
+        );
+        found.push(source.problem("allocate", message, Some("for one width for all matrices, write bits = 4".into())));
+    }
+    for budget in budgets.into_iter().filter(|key| *key != "bits") {
+        found.push(source.problem(&format!("allocate.{budget}"), Error::BudgetNotBuilt { budget }.to_string(), None));
+    }
+    if let Some(bits) = allocate.bits.filter(|bits| !(2..=8).contains(bits)) {
+        found.push(source.problem("allocate.bits", format!("{bits} bits cannot be exported"), Some("choose 2 to 8".into())));
+    }
+    found
+}
+
+/// Texts that are needed and absent, asked for and not there, or too few.
+fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let mut add = |key: &str, message: String| found.push(source.problem(key, message, None));
+    let mut texts: Vec<(&str, &[PathBuf])> = Vec::new();
+    match &recipe.calibrate {
+        Some(calibrate) => {
+            texts.push(("calibrate.corpus", &calibrate.corpus));
+            let (samples, files) = (calibrate.samples, calibrate.corpus.len());
+            if samples < files.max(1) {
+                add(
+                    "calibrate.samples",
+                    format!("calibrate.samples = {samples} cannot be shared out over {files} texts; ask for at least one each"),
+                );
+            }
+            if calibrate.tokens < 2 {
+                add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
+            }
+        }
+        None if recipe.quantize.as_ref().is_some_and(|q| q.needs_calibration()) => {
+            add("quantize", "this quantizer needs calibration, and there is no [calibrate]; name texts with calibrate.corpus".into());
+        }
+        None => {}
+    }
+    if let Some(evaluate) = &recipe.evaluate {
+        texts.push(("evaluate.text", &evaluate.text));
+        if evaluate.context < 2 {
+            add("evaluate.context", format!("{} tokens are no window; ask for at least 2", evaluate.context));
+        }
+        if let Some(most) = evaluate.max_tokens.filter(|most| *most < evaluate.context) {
+            add("evaluate.max_tokens", format!("{most} tokens are less than one window of {}", evaluate.context));
+        }
+    }
+    for (key, paths) in texts {
+        if paths.is_empty() {
+            add(key, format!("{key} names no text"));
+        }
+        for (i, path) in paths.iter().enumerate() {
+            if let Some(message) = text_problem(path, &paths[..i]) {
+                add(&format!("{key}.{i}"), message);
+            }
+        }
+    }
+    found
+}
+
+fn text_problem(path: &Path, before: &[PathBuf]) -> Option<String> {
+    if !path.is_file() {
+        return Some(format!("there is no text {}", path.display()));
+    }
+    if !matches!(path.extension().and_then(|e| e.to_str()), Some("txt" | "jsonl")) {
+        return Some(format!("{} is neither a .txt nor a .jsonl file", path.display()));
+    }
+    let twin = before.iter().find(|b| b.file_stem() == path.file_stem())?;
+    Some(format!("{} and {} have the same name, and texts are told apart by name; rename one", twin.display(), path.display()))
+}
+
+/// What is wrong with a recipe for a model of this shape.
+pub fn check(loaded: &Loaded, shape: &Shape) -> Vec<Problem> {
+    let (Some(allocate), Some(_)) = (&loaded.recipe.allocate, &loaded.recipe.quantize) else { return Vec::new() };
+    let mut found = Vec::new();
+    let matrices: Vec<&Tensor> = shape.tensors.iter().filter(|t| t.quantizable().is_some()).collect();
+    let globs = allocate.globs();
+    for (i, glob) in globs.iter().enumerate() {
+        if !matrices.iter().any(|tensor| glob.matches(&tensor.name)) {
+            found.push(unmatched(glob, &allocate.exclude[i], i, shape, &loaded.source));
+        }
+    }
+    if let Group::Size(group) = allocate.group.0 {
+        let left = matrices.iter().filter(|t| !globs.iter().any(|glob| glob.matches(&t.name)));
+        found.extend(check_group(group, left.copied(), &loaded.source));
+    }
+    found
+}
+
+fn unmatched(glob: &Glob, pattern: &str, i: usize, shape: &Shape, source: &Source) -> Problem {
+    let tensor = shape.tensors.iter().find(|tensor| glob.matches(&tensor.name));
+    let (message, help) = match tensor {
+        Some(tensor) => (
+            format!("`{pattern}` excludes {}, which is never quantized", tensor.name),
+            "take it out: only attention, experts and dense MLPs of the decoder layers are quantized",
+        ),
+        None => (format!("`{pattern}` matches no tensor of this model"), "`moepress inspect MODEL -v` lists the names"),
+    };
+    source.problem(&format!("allocate.exclude.{i}"), message, Some(help.into()))
+}
+
+/// One problem a width that the group does not divide: a model has thousands of matrices of a few widths.
+fn check_group<'a>(group: usize, matrices: impl Iterator<Item = &'a Tensor>, source: &Source) -> Vec<Problem> {
+    let mut widths: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
+    for tensor in matrices {
+        if let Some((.., inputs)) = tensor.quantizable().filter(|(.., inputs)| inputs % group != 0) {
+            widths.entry(inputs).or_default().push(&tensor.name);
+        }
+    }
+    let problem = |(inputs, names): (usize, Vec<&str>)| {
+        let nearest = (1..=group).rev().find(|g| inputs % g == 0).unwrap_or(1);
+        let others = match names.len() - 1 {
+            0 => String::new(),
+            1 => " and of 1 more matrix".into(),
+            n => format!(" and of {n} more matrices"),
+        };
+        let message = format!("group {group} does not divide the {inputs} inputs of {}{others}", names[0]);
+        let help = format!("choose a divisor, such as {nearest}, or name them in allocate.exclude");
+        source.problem("allocate.group", message, Some(help))
+    };
+    widths.into_iter().map(problem).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::{Overrides, load};
+    use calib::arch::{Part, Projection, Role};
+    use kernels::ScaleType;
+
+    fn loaded(text: &str) -> (Loaded, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a.txt", "b.jsonl", "c.md"] {
+            fs_err::write(dir.path().join(name), "x").unwrap();
+        }
+        let path = dir.path().join("r.toml");
+        fs_err::write(&path, text).unwrap();
+        (load(&path, &Overrides::default()).unwrap(), dir)
+    }
+
+    /// What is said of a recipe, with the directory taken out of it.
+    fn said(text: &str, shape: Option<&Shape>) -> Vec<String> {
+        let (loaded, dir) = loaded(text);
+        let mut problems = check_values(&loaded);
+        problems.extend(shape.iter().flat_map(|shape| check(&loaded, shape)));
+        let all = loaded.source.invalid(problems).to_string();
+        let all = all.replace(&format!("{}/", dir.path().display()), "");
+        all.lines().map(str::to_owned).collect()
+    }
+
+    const GOOD: &str = "schema = 1\nmodel = \"m\"\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\"]\n[quantize.gptq]\n[allocate]\nbits = 4\n[export.dense]\n";
+
+    #[test]
+    fn a_good_recipe_has_no_problem() {
+        assert_eq!(said(GOOD, Some(&shape())), [""; 0]);
+    }
+
+    #[test]
+    fn every_problem_of_value_is_found_at_once() {
+        let text = "schema = 2\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\", \"no.txt\", \"c.md\"]\nsamples = 1\n[quantize.gptq]\n[allocate]\nbits = 9\nbytes = \"1GB\"\n[evaluate]\ntext = []\nmax_tokens = 3\n";
+        let said = said(text, None);
+        let expected = [
+            "r.toml:1:10: schema 2 is not known; this program reads schema 1",
+            "r.toml:4:20: there is no text no.txt",
+            "r.toml:4:30: c.md is neither a .txt nor a .jsonl file",
+            "r.toml:5:11: calibrate.samples = 1 cannot be shared out over 3 texts; ask for at least one each",
+            "r.toml:7:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
+            "r.toml:8:8: 9 bits cannot be exported; choose 2 to 8",
+            "r.toml:9:9: allocate.bytes asks for a width a matrix, and allocation a matrix is not built yet; give one width for all with allocate.bits",
+            "r.toml:11:8: evaluate.text names no text",
+            "r.toml:12:14: 3 tokens are less than one window of 512",
+            "r.toml: there is no `model`; name it in the recipe or with --model DIR",
+            "r.toml: no format is asked for; add [export.compressed_tensors] or [export.dense]",
+        ];
+        assert_eq!(said, expected);
+    }
+
+    #[test]
+    fn what_is_missing_is_asked_for() {
+        let said = |text: &str| said(text, None).join("\n");
+        assert!(said(&GOOD.replace("[calibrate]\ncorpus = [\"a.txt\"]\n", "")).contains("needs calibration, and there is no [calibrate]"));
+        assert!(said(&GOOD.replace("[allocate]\nbits = 4\n", "")).contains("a quantizer but no [allocate]"));
+        assert!(said(&GOOD.replace("[quantize.gptq]\n", "")).contains("widths but no quantizer"));
+        assert!(said(&GOOD.replace("bits = 4\n", "")).contains("is needed, and there is none"));
+    }
+
+    fn shape() -> Shape {
+        let tensor =
+            |name: &str, role, shape: &[usize]| Tensor { name: name.into(), shape: shape.into(), role, scale: ScaleType::Bf16, bytes: 0 };
+        let tensors = vec![
+            tensor("lm_head.weight", Role::Head, &[8, 96]),
+            tensor("x.0.down.weight", Role::Layer(0, Part::Expert(0, Projection::Down)), &[128, 256]),
+            tensor("x.0.up.weight", Role::Layer(0, Part::Expert(0, Projection::Up)), &[128, 128]),
+        ];
+        Shape { fingerprint: String::new(), tensors }
+    }
+
+    #[test]
+    fn a_group_that_does_not_fit_names_one_that_does() {
+        let text = GOOD.replace("bits = 4", "bits = 4\ngroup = 192");
+        let expected = [
+            "r.toml:9:9: group 192 does not divide the 128 inputs of x.0.up.weight; choose a divisor, such as 128, or name them in allocate.exclude",
+            "r.toml:9:9: group 192 does not divide the 256 inputs of x.0.down.weight; choose a divisor, such as 128, or name them in allocate.exclude",
+        ];
+        assert_eq!(said(&text, Some(&shape())), expected);
+        let text = GOOD.replace("bits = 4", "bits = 4\ngroup = 256\nexclude = [\"*.up\"]");
+        assert_eq!(said(&text, Some(&shape())), [""; 0]);
+    }
+
+    #[test]
+    fn a_glob_that_matches_nothing_is_an_error() {
+        let text = GOOD.replace("bits = 4", "bits = 4\nexclude = [\"*.up\", \"x.1.*\", \"lm_head\"]");
+        let expected = [
+            "r.toml:9:20: `x.1.*` matches no tensor of this model; `moepress inspect MODEL -v` lists the names",
+            "r.toml:9:29: `lm_head` excludes lm_head.weight, which is never quantized; take it out: only attention, experts and dense MLPs of the decoder layers are quantized",
+        ];
+        assert_eq!(said(&text, Some(&shape())), expected);
+    }
+}

@@ -1,0 +1,59 @@
+//! Recipes: what is asked for, as a TOML document. Recipe types are the only place where a knob exists.
+//!
+//! [`load`](load::load) reads a document, lets the command line edit it, and stops at the first thing that is not the form's;
+//! [`check`](check::check) then finds every problem of value at once, against the model's shape. Paths in a recipe are relative to the
+//! recipe, those on the command line to the working directory.
+
+mod check;
+mod invalid;
+mod load;
+mod schema;
+mod set;
+
+use std::path::PathBuf;
+
+use calib::evaluate::Evaluate;
+use calib::sample::Calibrate;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::allocate::Allocate;
+use crate::export::Exports;
+use crate::quantize::Quantizer;
+
+pub use check::{check, check_values};
+pub use invalid::{Invalid, Problem};
+pub use load::{Loaded, Overrides, Source, load};
+pub use schema::schema;
+
+/// The one version of the form that this program reads.
+pub const SCHEMA: u32 = 1;
+
+/// A recipe: which model, what is done to it, where the result goes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Version of the recipe's form: 1.
+    pub schema: u32,
+    /// Directory of the checkpoint to compress, as the hub stores it. `--model` replaces it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<PathBuf>,
+    /// Directory of the result. `--out` replaces it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub out: Option<PathBuf>,
+    /// The texts that the model is measured on, for quantizers that need it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibrate: Option<Calibrate>,
+    /// The quantizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Quantizer>,
+    /// How many bits each matrix gets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocate: Option<Allocate>,
+    /// The formats to write.
+    #[serde(default)]
+    pub export: Exports,
+    /// The texts that the result is judged by, before and after.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluate: Option<Evaluate>,
+}

@@ -1,0 +1,73 @@
+//! What is told at the end: tables for people, the same rows as JSON.
+//!
+//! `report.json` and `report.md` hold nothing that depends on the clock or the machine: the same inputs give the same bytes.
+//! What a stage cost stands in its marker, and is shown beside the report.
+
+mod render;
+mod table;
+mod usage;
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::plan::Summary;
+use crate::{Error, Result};
+
+pub use render::{coverage, evaluation, markdown_report, plan, text_report};
+pub use table::{bytes, count, markdown, memory, seconds, table};
+pub use usage::{Cost, Meter};
+
+/// Everything that is known of a finished output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of `report.json`'s form.
+    pub schema: u32,
+    /// The model that was compressed.
+    pub model: ModelRow,
+    /// What was done to it.
+    pub plan: Summary,
+    /// Stored bits a quantized weight, scales counted.
+    pub bits_per_weight: Option<f64>,
+    /// What was written.
+    pub outputs: Vec<OutputRow>,
+    /// How it does on the recipe's texts, beside the original.
+    pub evaluation: Option<calib::evaluate::Report>,
+}
+
+/// The model that was compressed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelRow {
+    /// Name of its directory.
+    pub name: String,
+    /// Its family.
+    pub family: String,
+    /// Weights, all of them.
+    pub parameters: u64,
+    /// Weights that work on one token.
+    pub active: u64,
+    /// Its fingerprint.
+    pub fingerprint: String,
+    /// Bytes of its weight files.
+    pub bytes: u64,
+}
+
+/// One output.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OutputRow {
+    /// Its format.
+    pub format: String,
+    /// Its folder, relative to the output directory.
+    pub folder: String,
+    /// Bytes of its weight files.
+    pub bytes: u64,
+}
+
+/// Reads a `report.json`.
+///
+/// # Errors
+///
+/// An IO error; [`Error::Json`].
+pub fn read(path: &Path) -> Result<Report> {
+    serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })
+}

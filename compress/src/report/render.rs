@@ -1,0 +1,140 @@
+//! Reports as text and as Markdown.
+
+use std::path::Path;
+
+use calib::evaluate::{Row, Score};
+use calib::stats::LayerStats;
+
+use super::table::{bytes, count, markdown, memory, seconds, table};
+use super::{Cost, Report};
+use crate::plan::Summary;
+use crate::run::Stage;
+
+type Rows = Vec<Vec<String>>;
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.iter().map(|cell| (*cell).to_owned()).collect()
+}
+
+/// A finished output for a person at a terminal; the last line counts what was not done as asked and says where the output lies.
+pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> String {
+    let mut text = heading(report) + "\n\n";
+    if let Some(scores) = &report.evaluation {
+        text += &table(&score_rows(scores));
+        text.push('\n');
+    }
+    text += &table(&size_rows(report));
+    if !costs.is_empty() {
+        text += &format!("\n{}", table(&cost_rows(costs)));
+    }
+    text + &format!("\n{}; the result lies in {}\n", exceptions(&report.plan), out.display())
+}
+
+/// The same in Markdown, without what depends on the machine.
+pub fn markdown_report(report: &Report) -> String {
+    let mut text = format!("# {}\n\n", heading(report));
+    if let Some(scores) = &report.evaluation {
+        text += &(markdown(&score_rows(scores)) + "\n");
+    }
+    text + &markdown(&size_rows(report)) + &format!("\n{}.\n", exceptions(&report.plan))
+}
+
+fn heading(report: &Report) -> String {
+    let model = &report.model;
+    let bits = report.bits_per_weight.map_or("nothing quantized".to_owned(), |bits| format!("quantized to {bits:.3} stored bits a weight"));
+    format!("{} ({}, {} parameters, {} active): {bits}", model.name, model.family, count(model.parameters), count(model.active))
+}
+
+/// What was not done as asked: experts rounded to nearest, dead channels.
+fn exceptions(plan: &Summary) -> String {
+    let plural = |n: usize, one: &str| if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") };
+    format!(
+        "{} rounded to nearest for want of tokens, {} left as rounded",
+        plural(plan.rounded_experts, "expert"),
+        plural(plan.dead_channels, "dead input channel")
+    )
+}
+
+fn size_rows(report: &Report) -> Rows {
+    let plan = &report.plan;
+    let mut rows = vec![row(["", "before", "after"])];
+    let quantized = format!("{} quantized matrices", plan.matrices);
+    rows.push(vec![quantized, bytes(plan.bytes_before), bytes(plan.bytes_after)]);
+    rows.push(vec!["everything else".to_owned(), bytes(plan.bytes_kept), bytes(plan.bytes_kept)]);
+    for output in &report.outputs {
+        rows.push(vec![format!("weight files, {} ({})", output.format, output.folder), bytes(report.model.bytes), bytes(output.bytes)]);
+    }
+    rows
+}
+
+fn cost_rows(costs: &[(Stage, Cost)]) -> Rows {
+    let known = |value: Option<String>| value.unwrap_or_else(|| "unknown".to_owned());
+    let mut rows = vec![row(["stage", "wall", "CPU", "peak memory"])];
+    for (stage, cost) in costs {
+        let (cpu, peak) = (cost.cpu_seconds.map(seconds), cost.peak_bytes.map(memory));
+        rows.push(vec![stage.name().to_owned(), seconds(cost.wall_seconds), known(cpu), known(peak)]);
+    }
+    let wall = costs.iter().map(|(_, cost)| cost.wall_seconds).sum();
+    let cpu = costs.iter().map(|(_, cost)| cost.cpu_seconds).sum::<Option<f64>>();
+    let peak = costs.iter().filter_map(|(_, cost)| cost.peak_bytes).max();
+    rows.push(vec!["all".to_owned(), seconds(wall), known(cpu.map(seconds)), known(peak.map(memory))]);
+    rows
+}
+
+/// Scores for a person: with a reference before and after, KL and top-1, else perplexity alone.
+pub fn evaluation(report: &calib::evaluate::Report) -> String {
+    table(&score_rows(report))
+}
+
+fn score_rows(report: &calib::evaluate::Report) -> Rows {
+    let heading = match report.all.divergence {
+        Some(_) => row(["text", "tokens", "perplexity before", "after", "KL (nats)", "±", "top-1"]),
+        None => row(["text", "tokens", "perplexity"]),
+    };
+    let line = |name: &str, score: &Score| {
+        let mut cells = vec![name.to_owned(), score.tokens.to_string()];
+        match &score.divergence {
+            Some(d) => {
+                cells.extend([d.reference_perplexity, score.perplexity].map(|ppl| format!("{ppl:.4}")));
+                cells.extend([d.kl, d.kl_se].map(|kl| format!("{kl:.5}")));
+                cells.push(format!("{:.2}%", d.top1 * 100.0));
+            }
+            None => cells.push(format!("{:.4}", score.perplexity)),
+        }
+        cells
+    };
+    let texts = report.texts.iter().map(|Row { domain, score }| line(domain, score));
+    std::iter::once(heading).chain(texts).chain([line("all", &report.all)]).collect()
+}
+
+/// A plan in numbers.
+pub fn plan(summary: &Summary, path: &Path) -> String {
+    let stored = summary.bits_per_weight().map_or(String::new(), |bits| format!("{bits:.3}"));
+    let rows = vec![
+        row(["", "tensors", "before", "after", "bits a weight"]),
+        vec!["quantized".to_owned(), summary.matrices.to_string(), bytes(summary.bytes_before), bytes(summary.bytes_after), stored],
+        vec!["kept".to_owned(), summary.kept.to_string(), bytes(summary.bytes_kept), bytes(summary.bytes_kept)],
+        vec!["dropped".to_owned(), summary.dropped.to_string(), bytes(summary.bytes_dropped), bytes(0)],
+    ];
+    let excluded = match summary.excluded {
+        0 => String::new(),
+        n => format!("{n} of the kept matrices are named in allocate.exclude\n"),
+    };
+    table(&rows) + &excluded + &format!("\n{}; the plan lies in {}\n", exceptions(summary), path.display())
+}
+
+/// How many tokens reached the experts of each layer.
+pub fn coverage(layers: &[LayerStats], tokens: usize) -> String {
+    let mut rows = vec![row(["layer", "experts", "fewest tokens", "median", "most", "unreached"])];
+    for (layer, stats) in layers.iter().enumerate() {
+        let Some(router) = &stats.router else { continue };
+        let mut reached: Vec<u64> = router.counts.columns().into_iter().map(|column| column.sum()).collect();
+        reached.sort_unstable();
+        let (Some(fewest), Some(most)) = (reached.first(), reached.last()) else { continue };
+        let unreached = reached.iter().filter(|count| **count == 0).count();
+        let cells = [layer, reached.len()].map(|n| n.to_string()).into_iter();
+        let cells = cells.chain([*fewest, reached[reached.len() / 2], *most].map(|n| n.to_string()));
+        rows.push(cells.chain([unreached.to_string()]).collect());
+    }
+    format!("Of {tokens} tokens each expert was given:\n\n{}", table(&rows))
+}

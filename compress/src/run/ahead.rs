@@ -1,0 +1,66 @@
+//! What can be known before any hour is spent: whether the formats can hold the result, and the disk the files.
+
+use std::path::Path;
+
+use calib::Model;
+
+use crate::plan::{self, Shape, Summary};
+use crate::recipe::{Loaded, Problem, Recipe};
+use crate::report::bytes;
+use crate::{Result, apply, export};
+
+/// Matrices that a format cannot hold.
+pub(super) fn check_exports(loaded: &Loaded, model: &Model, shape: &Shape) -> Result<Vec<Problem>> {
+    let plan = plan::make(&loaded.recipe, shape, None)?;
+    let refusals = export::refusals(&loaded.recipe.export, &apply::contents_of(model, &plan)?);
+    Ok(refusals.into_iter().map(|refusal| loaded.source.problem("export", refusal, None)).collect())
+}
+
+/// A disk that is too small for what the recipe writes.
+///
+/// # Errors
+///
+/// An IO error; what [`plan::make`] refuses.
+pub fn check_space(loaded: &Loaded, shape: &Shape) -> Result<Vec<Problem>> {
+    let Some(out) = &loaded.recipe.out else { return Ok(Vec::new()) };
+    let summary = plan::make(&loaded.recipe, shape, None)?.summary(shape);
+    let needs = needs(&loaded.recipe, &summary, shape);
+    let Some(disk) = out.ancestors().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).find(|dir| dir.is_dir())
+    else {
+        return Ok(Vec::new());
+    };
+    let free = calib::checkpoint::free_bytes(disk)?;
+    if needs <= free {
+        return Ok(Vec::new());
+    }
+    let message = format!("about {} are to be written under {}, and {} are free", bytes(needs), out.display(), bytes(free));
+    Ok(vec![loaded.source.problem("out", message, Some("free some, or choose another directory".into()))])
+}
+
+/// Bytes that a run writes: codes between stages, every format, the samples' hidden states.
+fn needs(recipe: &Recipe, summary: &Summary, shape: &Shape) -> u64 {
+    let packed = summary.bytes_after + summary.bytes_kept;
+    let dense = summary.weights * 2 + summary.bytes_kept;
+    let outputs = [recipe.export.compressed_tensors.is_some().then_some(packed), recipe.export.dense.is_some().then_some(dense)];
+    let hidden = shape.tensors.iter().find(|t| t.role == calib::arch::Role::Embedding).and_then(|t| t.shape.get(1)).copied().unwrap_or(0);
+    // A snapshot is replaced by its successor, so two lie there for a moment.
+    let states = recipe.calibrate.as_ref().map_or(0, |c| 2 * 4 * (c.samples * c.tokens * hidden) as u64);
+    summary.bytes_after + outputs.into_iter().flatten().sum::<u64>() + states
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use calib::arch::Role;
+    use kernels::ScaleType;
+
+    #[test]
+    fn everything_that_is_written_counts() {
+        let text = "schema = 1\n[calibrate]\ncorpus = [\"a.txt\"]\nsamples = 3\ntokens = 5\n[quantize.gptq]\n[export.compressed_tensors]\n[export.dense]\n";
+        let summary = Summary { weights: 100, bytes_after: 60, bytes_kept: 7, ..Summary::default() };
+        let embedding = plan::Tensor { name: "e".into(), shape: vec![9, 2], role: Role::Embedding, scale: ScaleType::Bf16, bytes: 36 };
+        let shape = Shape { fingerprint: String::new(), tensors: vec![embedding] };
+        // Codes 60, packed 67, dense 207, twice the states of 15 tokens of 2 values of 4 bytes.
+        assert_eq!(needs(&toml::from_str(text).unwrap(), &summary, &shape), 60 + 67 + 207 + 240);
+    }
+}

@@ -1,0 +1,170 @@
+//! What an output directory was made from: the recipe as resolved, the model's fingerprint, the texts' hashes.
+//!
+//! Where the texts and the model lie takes no part in it: what they hold does.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::recipe::Recipe;
+use crate::{Error, Result};
+
+/// Version of the file's form.
+const SCHEMA: u32 = 1;
+
+/// What a directory was made from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// Version of this file's form.
+    schema: u32,
+    /// The model's fingerprint.
+    model: String,
+    /// The recipe with every default written out, without `model` and `out`, its texts by name alone.
+    recipe: Value,
+    /// SHA-256 of every text, by its key and name: `calibrate.corpus: en.txt`.
+    texts: BTreeMap<String, String>,
+}
+
+impl Identity {
+    /// Of a recipe, whose paths can be opened from here, and a model.
+    ///
+    /// # Errors
+    ///
+    /// An IO error where a text cannot be read.
+    pub fn of(recipe: &Recipe, model: &str) -> Result<Self> {
+        let mut texts = BTreeMap::new();
+        for (key, paths) in texts_of(recipe) {
+            for path in paths {
+                let hash = calib::checkpoint::hash_bytes(&fs_err::read(path)?);
+                texts.insert(format!("{key}: {}", name(path).display()), hash);
+            }
+        }
+        let mut plain = recipe.clone();
+        (plain.model, plain.out) = (None, None);
+        plain.each_path(|path| *path = name(path));
+        let recipe = serde_json::to_value(plain).map_err(std::io::Error::from)?;
+        Ok(Self { schema: SCHEMA, model: model.to_owned(), recipe, texts })
+    }
+
+    /// What an earlier run wrote; `None` where there is none.
+    ///
+    /// # Errors
+    ///
+    /// An IO error; [`Error::Json`] if the file is not one of these.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let text = fs_err::read(path)?;
+        serde_json::from_slice(&text).map(Some).map_err(|source| Error::Json { path: path.to_owned(), source })
+    }
+
+    /// The file's text.
+    ///
+    /// # Errors
+    ///
+    /// None in practice: the type has nothing that JSON cannot hold.
+    pub fn text(&self) -> Result<String> {
+        Ok(serde_json::to_string_pretty(self).map_err(std::io::Error::from)? + "\n")
+    }
+
+    /// How `now` differs from this, in words; empty if it does not.
+    pub fn differences(&self, now: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        if self.model != now.model {
+            found.push(format!("the model was {:.12}…, now it is {:.12}… (fingerprints)", self.model, now.model));
+        }
+        compare("", Some(&self.recipe), Some(&now.recipe), &mut found);
+        for (text, hash) in &now.texts {
+            if self.texts.get(text).is_some_and(|old| old != hash) {
+                found.push(format!("the text has changed ({text})"));
+            }
+        }
+        found
+    }
+}
+
+fn texts_of(recipe: &Recipe) -> Vec<(&'static str, &[PathBuf])> {
+    let corpus = recipe.calibrate.iter().map(|c| ("calibrate.corpus", c.corpus.as_slice()));
+    let text = recipe.evaluate.iter().map(|e| ("evaluate.text", e.text.as_slice()));
+    corpus.chain(text).collect()
+}
+
+fn name(path: &Path) -> PathBuf {
+    path.file_name().map(PathBuf::from).unwrap_or_default()
+}
+
+/// Notes every leaf in which two documents differ.
+fn compare(key: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec<String>) {
+    if old == new {
+        return;
+    }
+    if let (Some(Value::Object(a)), Some(Value::Object(b))) = (old, new) {
+        let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+        for part in keys {
+            let key = if key.is_empty() { part.clone() } else { format!("{key}.{part}") };
+            compare(&key, a.get(part), b.get(part), found);
+        }
+        return;
+    }
+    let word = |value: Option<&Value>| value.map_or_else(|| "absent".to_owned(), Value::to_string);
+    found.push(format!("{key} was {}, now it is {}", word(old), word(new)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(dir: &Path, bits: u8, extra: &str) -> Identity {
+        let text = format!(
+            "schema = 1\nmodel = \"m\"\nout = \"o\"\n[calibrate]\ncorpus = [\"{}/en.txt\"]\n[quantize.rtn]\n[allocate]\nbits = {bits}\n{extra}",
+            dir.display()
+        );
+        Identity::of(&toml::from_str(&text).unwrap(), "0123456789abcdef").unwrap()
+    }
+
+    #[test]
+    fn it_is_the_same_wherever_the_texts_lie() {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        for dir in [&a, &b] {
+            fs_err::write(dir.path().join("en.txt"), "x").unwrap();
+        }
+        let (one, two) = (identity(a.path(), 4, ""), identity(b.path(), 4, ""));
+        assert_eq!(one, two);
+        assert_eq!(one.differences(&two), [""; 0]);
+        let path = a.path().join("identity.json");
+        fs_err::write(&path, one.text().unwrap()).unwrap();
+        assert_eq!(Identity::read(&path).unwrap(), Some(one));
+        assert_eq!(Identity::read(&a.path().join("absent")).unwrap(), None);
+    }
+
+    #[test]
+    fn every_difference_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs_err::write(dir.path().join("en.txt"), "x").unwrap();
+        let old = identity(dir.path(), 4, "");
+        fs_err::write(dir.path().join("en.txt"), "y").unwrap();
+        let mut new = identity(dir.path(), 3, "exclude = [\"*.0.*\"]\n[export.dense]\n");
+        new.model = "fedcba9876543210".into();
+        let expected = [
+            "the model was 0123456789ab…, now it is fedcba987654… (fingerprints)",
+            "allocate.bits was 4, now it is 3",
+            "allocate.exclude was absent, now it is [\"*.0.*\"]",
+            "export.dense was absent, now it is {}",
+            "the text has changed (calibrate.corpus: en.txt)",
+        ];
+        assert_eq!(old.differences(&new), expected);
+    }
+
+    #[test]
+    fn a_file_of_another_kind_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identity.json");
+        fs_err::write(&path, "{}").unwrap();
+        let said = Identity::read(&path).unwrap_err().to_string();
+        assert!(said.contains("identity.json") && said.contains("--force"), "{said}");
+    }
+}

@@ -1,0 +1,205 @@
+//! The five stages of one run.
+
+use std::cell::OnceCell;
+use std::path::Path;
+
+use calib::corpus::{Corpus, Tokenizer};
+use calib::device::Device;
+use calib::evaluate::{Evaluate, Models, Windows, evaluate};
+use calib::pass::{self, Pass};
+use calib::progress::Progress;
+use calib::sample::{self, Samples};
+use calib::stats::Store;
+use calib::{Model, Weights};
+
+use super::folder::{Folder, Stage, remove};
+use crate::packed::{self, ExpertRounding};
+use crate::plan::{self, Measured, Plan, Shape};
+use crate::recipe::Recipe;
+use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
+use crate::tensorfile::write_whole;
+use crate::{Result, apply};
+
+/// One run: what it works with.
+pub(super) struct Work<'a> {
+    recipe: &'a Recipe,
+    out: &'a Path,
+    model: &'a Model,
+    shape: &'a Shape,
+    folder: &'a Folder,
+    device: Device,
+    samples: OnceCell<Samples>,
+}
+
+impl<'a> Work<'a> {
+    pub fn new(recipe: &'a Recipe, out: &'a Path, model: &'a Model, shape: &'a Shape, folder: &'a Folder, device: Device) -> Self {
+        Self { recipe, out, model, shape, folder, device, samples: OnceCell::new() }
+    }
+
+    /// The stages up to `until` that the recipe asks for and that are not done.
+    pub fn todo(&self, until: Stage) -> Result<Vec<Stage>> {
+        let mut todo = Vec::new();
+        for stage in Stage::ALL.into_iter().filter(|stage| *stage <= until) {
+            let asked = match stage {
+                Stage::Calibrate => self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only(),
+                Stage::Evaluate => self.recipe.evaluate.is_some(),
+                _ => true,
+            };
+            if asked && self.folder.done(stage)?.is_none() {
+                todo.push(stage);
+            }
+        }
+        Ok(todo)
+    }
+
+    /// Takes back the markers of outputs that somebody has removed.
+    pub fn forget_lost_outputs(&self) -> Result<()> {
+        let lost = self.output_folders().into_iter().find(|(_, folder)| !self.out.join(folder).join("config.json").is_file());
+        match (self.folder.done(Stage::Export)?, lost) {
+            (Some(_), Some(_)) => self.folder.undo_from(Stage::Apply),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads every text that the stages will need, so that a text that is too short is found now.
+    pub fn look_ahead(&self, todo: &[Stage]) -> Result<()> {
+        let sampled = [Stage::Calibrate, Stage::Plan, Stage::Apply].iter().any(|stage| todo.contains(stage));
+        if sampled && !self.model.checkpoint().is_shape_only() {
+            self.samples()?;
+        }
+        if let Some(asked) = self.recipe.evaluate.as_ref().filter(|_| todo.contains(&Stage::Evaluate)) {
+            self.windows(asked)?;
+        }
+        Ok(())
+    }
+
+    /// Does one stage.
+    pub fn stage(&self, stage: Stage, progress: &dyn Progress) -> Result<()> {
+        match stage {
+            Stage::Calibrate => self.calibrate(progress),
+            Stage::Plan => self.plan(),
+            Stage::Apply => self.apply(progress),
+            Stage::Export => self.export(progress),
+            Stage::Evaluate => self.evaluate(progress),
+        }
+    }
+
+    /// Marks a stage as done. A plan without data is nothing that a run could go on from: it knows no tokens.
+    pub fn mark(&self, stage: Stage, cost: &Cost) -> Result<()> {
+        if self.model.checkpoint().is_shape_only() { Ok(()) } else { self.folder.mark(stage, cost) }
+    }
+
+    /// Removes what only stages in between need.
+    pub fn clean_up(&self) -> Result<()> {
+        if self.folder.done(Stage::Export)?.is_some() {
+            remove(&self.folder.path("solved"))?;
+        }
+        Ok(())
+    }
+
+    fn tokenizer(&self) -> Result<Tokenizer> {
+        Ok(Tokenizer::open(self.model.checkpoint().dir(), self.model.spec().vocab)?)
+    }
+
+    /// The calibration samples, drawn once; `None` where the recipe asks for none.
+    fn samples(&self) -> Result<Option<&Samples>> {
+        let Some(asked) = &self.recipe.calibrate else { return Ok(None) };
+        if self.samples.get().is_none() {
+            let corpus = Corpus::read(&asked.corpus, &self.tokenizer()?)?;
+            // Nobody else can have filled it: the cell is this thread's own.
+            let _ = self.samples.set(sample::draw(asked, &corpus)?);
+        }
+        Ok(self.samples.get())
+    }
+
+    fn windows(&self, asked: &Evaluate) -> Result<Vec<Windows>> {
+        let corpus = Corpus::read(&asked.text, &self.tokenizer()?)?;
+        Ok(Windows::of(&corpus, asked.context, asked.max_tokens)?)
+    }
+
+    fn store(&self) -> Store {
+        Store::new(self.folder.path("stats"))
+    }
+
+    fn calibrate(&self, progress: &dyn Progress) -> Result<()> {
+        let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples()?) else { return Ok(()) };
+        let (store, fingerprint) = (self.store(), self.shape.fingerprint.as_str());
+        let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, progress };
+        pass::run(&pass, self.device)?;
+        Ok(())
+    }
+
+    fn plan(&self) -> Result<()> {
+        let samples = if self.model.checkpoint().is_shape_only() { None } else { self.samples()? };
+        let layers = self.model.spec().layers.len();
+        let measured = samples.map(|samples| Measured::read(&self.store(), samples.hash(), layers)).transpose()?;
+        let plan = plan::make(self.recipe, self.shape, measured.as_ref())?;
+        let text = serde_json::to_string_pretty(&plan).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.folder.path("plan.json"), text.as_bytes())
+    }
+
+    fn read_plan(&self) -> Result<Plan> {
+        plan::read(&self.folder.path("plan.json"))
+    }
+
+    fn apply(&self, progress: &dyn Progress) -> Result<()> {
+        let plan = self.read_plan()?;
+        let samples = self.samples()?.map(|samples| samples.ids.as_slice());
+        apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
+        Ok(())
+    }
+
+    fn export(&self, progress: &dyn Progress) -> Result<()> {
+        let plan = self.read_plan()?;
+        apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)?;
+        self.write_report(None)
+    }
+
+    fn evaluate(&self, progress: &dyn Progress) -> Result<()> {
+        let Some(asked) = &self.recipe.evaluate else { return Ok(()) };
+        let candidate = packed::open(self.out, ExpertRounding::None)?;
+        let models = Models { candidate: candidate.as_ref(), reference: Some(self.model) };
+        let scores = evaluate(models, &self.windows(asked)?, self.device, progress)?;
+        self.write_report(Some(scores))
+    }
+
+    /// Formats and where they lie below the output directory.
+    fn output_folders(&self) -> Vec<(&'static str, &'static str)> {
+        let place = |(i, name)| if i == 0 { (name, ".") } else { (name, name) };
+        self.recipe.export.formats().into_iter().map(|format| format.name()).enumerate().map(place).collect()
+    }
+
+    fn write_report(&self, evaluation: Option<calib::evaluate::Report>) -> Result<()> {
+        let plan = self.read_plan()?.summary(self.shape);
+        let mut outputs = Vec::new();
+        for (format, folder) in self.output_folders() {
+            outputs.push(OutputRow { format: format.to_owned(), folder: folder.to_owned(), bytes: weight_bytes(&self.out.join(folder))? });
+        }
+        let dir = self.model.checkpoint().dir();
+        let parameters = self.model.parameters();
+        let model = ModelRow {
+            name: fs_err::canonicalize(dir)?.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            family: self.model.spec().model_type.clone(),
+            parameters: parameters.total,
+            active: parameters.active,
+            fingerprint: self.shape.fingerprint.clone(),
+            bytes: weight_bytes(dir)?,
+        };
+        let report = Report { schema: 1, model, bits_per_weight: plan.bits_per_weight(), plan, outputs, evaluation };
+        let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
+        write_whole(&self.folder.path("report.json"), json.as_bytes())
+    }
+}
+
+/// Bytes of the weight files in a directory.
+fn weight_bytes(dir: &Path) -> Result<u64> {
+    let mut sum = 0;
+    for entry in fs_err::read_dir(dir)? {
+        let entry = entry?;
+        if entry.path().extension().is_some_and(|e| e == "safetensors") {
+            sum += entry.metadata()?.len();
+        }
+    }
+    Ok(sum)
+}

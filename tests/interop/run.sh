@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Other people's code on our output: compresses the bundled model by the quick start's recipe, then lets transformers 5.17.0 and
+# 4.57.3 load what was exported and compares logits with `moepress eval`.
+#
+#     tests/interop/run.sh [PYTEST ARGUMENTS]
+#
+# Makes its Python environments below target/interop, from PyPI alone (1.5 GB; about three minutes the first time). Wants Python
+# 3.11 or later with venv (`PYTHON` names another than python3), a C compiler, and cargo.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+python=${PYTHON:-python3}
+target=${CARGO_TARGET_DIR:-target}
+mkdir -p "$target/interop"
+work=$(cd "$target/interop" && pwd)
+export PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=1
+
+# Runs "$@" to fill $work/NAME unless that was done for the same inputs.
+once() {
+    local name=$1 stamp
+    stamp=$(cat "${@:3}" | sha256sum)
+    [ "$(cat "$work/$name.made" 2>/dev/null)" = "$stamp" ] && return
+    rm -rf "${work:?}/$name"
+    "$2" "$work/$name"
+    echo "$stamp" >"$work/$name.made"
+}
+
+newest() {
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or later, $python is older" >&2; exit 1; }
+    "$python" -m venv "$1"
+    "$1/bin/pip" install -q --no-deps -r tests/interop/requirements.txt
+    "$1/bin/python" tests/interop/cpu_torch.py
+}
+
+# Borrows torch and the rest from the first.
+older() {
+    "$python" -m venv "$1"
+    "$work/transformers5/bin/python" -c 'import site; print(site.getsitepackages()[0])' >"$("$1/bin/python" -c 'import site; print(site.getsitepackages()[0])')/borrowed.pth"
+    "$1/bin/pip" install -q --no-deps --ignore-installed -r tests/interop/requirements-transformers4.txt
+}
+
+once transformers5 newest tests/interop/requirements.txt tests/interop/cpu_torch.py
+once transformers4 older tests/interop/requirements.txt tests/interop/requirements-transformers4.txt
+
+cargo build --release --bin moepress
+export MOEPRESS="${work%/interop}/release/moepress"
+export MOEPRESS_OUT="$work/quickstart"
+rm -rf "$MOEPRESS_OUT"
+"$MOEPRESS" run configs/quickstart.toml --out "$MOEPRESS_OUT" --quiet
+status=0
+for version in transformers5 transformers4; do
+    "$work/$version/bin/python" -m pytest -q -p no:cacheprovider tests/interop "$@" || status=1
+done
+exit $status
