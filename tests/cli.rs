@@ -133,8 +133,13 @@ fn the_first_thing_that_is_not_the_forms_stops_the_reader() {
 #[test]
 fn every_problem_of_value_is_told_at_once() {
     let place = Place::new();
-    place.write("r.toml", "schema = 2\nout = \"o\"\n\n[calibrate]\ncorpus = [\"absent.txt\"]\n\n[quantize.gptq]\n\n[allocate]\nbits = 1\nbytes = \"1GB\"\n");
-    let said = place.said(&["check", "r.toml"]) + "\n" + &place.said(&["check", "r.toml", "--set", "allocate.bits_per_weight=2.5", "--log-format", "json"]);
+    place.write(
+        "r.toml",
+        "schema = 2\nout = \"o\"\n\n[calibrate]\ncorpus = [\"absent.txt\"]\n\n[quantize.gptq]\n\n[allocate]\nbits = 1\nbytes = \"1GB\"\n",
+    );
+    let said = place.said(&["check", "r.toml"])
+        + "\n"
+        + &place.said(&["check", "r.toml", "--set", "allocate.bits_per_weight=2.5", "--log-format", "json"]);
     assert_eq!(said.matches("--- exit 2").count(), 2, "{said}");
     snapshot!("recipe-values", said);
 }

@@ -33,7 +33,9 @@ pub enum Error {
 
     // ---- plan ----
     /// A budget that no program solves yet.
-    #[error("allocate.{budget} asks for a width a matrix, and allocation a matrix is not built yet; give one width for all with allocate.bits")]
+    #[error(
+        "allocate.{budget} asks for a width a matrix, and allocation a matrix is not built yet; give one width for all with allocate.bits"
+    )]
     BudgetNotBuilt {
         /// The recipe's key.
         budget: &'static str,
@@ -184,7 +186,9 @@ pub enum Error {
     },
 
     /// A plan that does not fit the model it is applied to.
-    #[error("the plan was made for the checkpoint {planned}, but this one is {found}; make the plan again, or name the model it was made for")]
+    #[error(
+        "the plan was made for the checkpoint {planned}, but this one is {found}; make the plan again, or name the model it was made for"
+    )]
     OtherModel {
         /// The plan's fingerprint.
         planned: String,

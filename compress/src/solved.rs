@@ -172,8 +172,7 @@ impl Solved {
 }
 
 fn check_manifest(path: &Path, wanted: &Manifest) -> Result<()> {
-    let found: Manifest =
-        serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    let found: Manifest = serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })?;
     if found == *wanted {
         return Ok(());
     }
@@ -276,8 +275,8 @@ impl LayerRead {
             }
         }
         let words = self.words(name)?;
-        let codes = pack::unpack_rows(&words, [outputs, inputs], how.bits)
-            .map_err(|source| Error::Matrix { name: name.to_owned(), source })?;
+        let codes =
+            pack::unpack_rows(&words, [outputs, inputs], how.bits).map_err(|source| Error::Matrix { name: name.to_owned(), source })?;
         drop(words);
         let zeros = |name: &str| self.file.bytes(&format!("{name}:zeros"));
         let matrix = QuantizedMatrix {

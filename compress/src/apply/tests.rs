@@ -239,7 +239,8 @@ fn work_of_another_plan_is_not_touched() {
 #[test]
 fn what_does_not_fit_is_said_before_any_work() {
     let (model, dir) = (fixture("qwen3_moe"), tempfile::tempdir().unwrap());
-    let refused = |plan: &Plan, samples: Option<&[Vec<u32>]>| solve(&model, plan, samples, dir.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
+    let refused =
+        |plan: &Plan, samples: Option<&[Vec<u32>]>| solve(&model, plan, samples, dir.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
     assert!(refused(&gptq_plan(&model), None).contains("give the samples"));
     fs_err::remove_dir_all(dir.path().join("solved")).unwrap();
     let other = rtn_plan(&fixture("mixtral"));

@@ -20,7 +20,10 @@ pub fn of(tensors: &[Tensor]) -> Vec<String> {
     if let Some(dense) = routed.iter().find(|tensor| tensor.scheme().is_none()) {
         found.push(format!("transformers 5 does not load it: it expects every routed expert to be packed, and {} is not", dense.name));
     } else if schemes.len() > 1 {
-        found.push(format!("transformers 5 decodes it wrongly: it knows one scheme for all routed experts, and there are {}", schemes.len()));
+        found.push(format!(
+            "transformers 5 decodes it wrongly: it knows one scheme for all routed experts, and there are {}",
+            schemes.len()
+        ));
     }
     if schemes.iter().flatten().any(|scheme| scheme.zero == Zero::Integer) {
         found.push("transformers 5 decodes it wrongly: it drops the zero points of routed experts".to_owned());
@@ -29,7 +32,9 @@ pub fn of(tensors: &[Tensor]) -> Vec<String> {
         found.push(format!("vLLM does not load it: it takes one scheme a layer, and the experts of {block} differ"));
     }
     if let Some((name, inputs)) = ragged(tensors) {
-        found.push(format!("vLLM does not load it: it cuts rows into words of 32 bits, and the {inputs} inputs of {name} do not fill theirs"));
+        found.push(format!(
+            "vLLM does not load it: it cuts rows into words of 32 bits, and the {inputs} inputs of {name} do not fill theirs"
+        ));
     }
     found
 }

@@ -108,7 +108,9 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         _ => None,
     };
     let action = |tensor: &Tensor| match (tensor.role, &width, tensor.quantizable()) {
-        (Role::Buffer, ..) => Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() },
+        (Role::Buffer, ..) => {
+            Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
+        }
         (_, Some(width), Some((layer, part, _))) if !width.excludes(&tensor.name) => {
             Action::Quantize(width.quantize(tensor, layer, part, measured))
         }
@@ -231,7 +233,8 @@ mod tests {
     #[test]
     fn rounding_to_nearest_needs_no_tokens() {
         let plan = make(&recipe("rtn", ""), &shape(), Some(&measured())).unwrap();
-        let planned = plan.tensors.values().filter(|a| matches!(a, Action::Quantize(q) if q.solver == Solver::Planned && q.dead_channels == 0));
+        let planned =
+            plan.tensors.values().filter(|a| matches!(a, Action::Quantize(q) if q.solver == Solver::Planned && q.dead_channels == 0));
         assert_eq!(planned.count(), 4);
     }
 

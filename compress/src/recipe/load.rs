@@ -86,7 +86,9 @@ impl Source {
 
 /// The same path as a person would write it: without detours, from the working directory where it lies below it.
 fn plain(path: &Path) -> PathBuf {
-    let there = path.ancestors().find_map(|dir| Some((dir, fs_err::canonicalize(if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).ok()?)));
+    let there = path
+        .ancestors()
+        .find_map(|dir| Some((dir, fs_err::canonicalize(if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).ok()?)));
     let Some((dir, there)) = there else { return path.to_owned() };
     let whole = path.strip_prefix(dir).map_or_else(|_| path.to_owned(), |rest| there.join(rest));
     let here = std::env::current_dir().and_then(fs_err::canonicalize).ok();
