@@ -2,7 +2,7 @@
 //! run, on all cores.
 //!
 //! Counted are `R·K² + ⅔K³` flops a factorized input, with `R` the rows of all matrices that share it.
-#![allow(missing_docs, clippy::print_stdout, reason = "a bench reports on the terminal")]
+#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, reason = "a bench reports on the terminal")]
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

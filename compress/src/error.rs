@@ -42,6 +42,10 @@ pub enum Error {
     },
 
     // ---- quantize ----
+    /// Codes, scales or packed words that do not hold together.
+    #[error(transparent)]
+    Codes(#[from] kernels::Error),
+
     /// A weight that no scale can hold.
     #[error("weight {value} at row {row}, column {column} is not finite; nothing can be quantized around it")]
     WeightNotFinite {

@@ -11,7 +11,7 @@ use crate::arch::{Moe, Part, Projection, Role, Shared, Site};
 use crate::{Error, Result};
 
 /// Most rows of one expert that are run at once.
-pub(super) const CHUNK: usize = 8192;
+pub(crate) const CHUNK: usize = 8192;
 
 /// `W_d (silu(W_g x) ⊙ (W_u x))`.
 #[derive(Clone, Debug)]

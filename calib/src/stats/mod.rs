@@ -11,8 +11,10 @@
 
 mod block;
 mod channels;
+mod coverage;
 mod fields;
 mod gates;
+mod merge;
 mod moment;
 mod outputs;
 mod router;
@@ -26,6 +28,7 @@ use crate::{Error, Result};
 
 pub use block::{BlockSums, cosine};
 pub use channels::ChannelSums;
+pub use coverage::Coverage;
 pub use gates::GateSums;
 pub use moment::Moment;
 pub use outputs::{OutputChunk, OutputSums};

@@ -388,7 +388,7 @@ mod tests {
     use ndarray::{Array2, array};
 
     use super::*;
-    use crate::quantize::testing::{Moment, moment, normals};
+    use crate::quantize::testing::{Moment, loss_of, moment, normals};
     use crate::quantize::{Error, Grid};
 
     fn width(bits: u8, group: usize, grid: Grid) -> Width {
@@ -397,14 +397,6 @@ mod tests {
 
     fn params(order: Order, clips: u16) -> Params {
         Params { damping: 0.01, order, clips }
-    }
-
-    /// `tr(ΔW (H + λ) ΔWᵀ)` in f64, from the definition.
-    fn loss_of(w: &Array2<f32>, matrix: &QuantizedMatrix, h: &Array2<f32>, lambda: f64) -> f64 {
-        let off = (w - &matrix.dequantize()).mapv(f64::from);
-        let mut h = h.mapv(f64::from);
-        h.diag_mut().mapv_inplace(|d| d + lambda);
-        (&off.dot(&h) * &off).sum()
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod codes;
 mod columns;
+pub mod descent;
 pub mod factor;
 pub mod gptq;
 mod grid;
