@@ -156,7 +156,9 @@ impl<'a> Work<'a> {
 
     fn export(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
-        apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)?;
+        for written in apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)? {
+            written.notes.iter().for_each(|note| tracing::warn!("{}: {note}", written.format));
+        }
         self.write_report(None)
     }
 
