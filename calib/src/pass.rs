@@ -9,6 +9,7 @@
 
 mod measure;
 mod snapshot;
+mod watch;
 
 use std::collections::BTreeMap;
 
@@ -23,6 +24,8 @@ use crate::{Error, Result, Weights};
 
 pub use measure::Measure;
 pub use snapshot::Snapshots;
+pub use watch::Watch;
+use watch::Watched;
 
 /// What streams past what.
 #[derive(Clone, Copy)]
@@ -83,6 +86,8 @@ pub struct Pass<'a> {
     pub calibrate: &'a Calibrate,
     /// Where the statistics go.
     pub store: &'a Store,
+    /// Sees every site's rows beside the statistics.
+    pub watch: Option<&'a dyn Watch>,
     /// Hears of every finished layer.
     pub progress: &'a dyn Progress,
 }
@@ -133,14 +138,15 @@ impl Job for Pass<'_> {
         let snapshots = self.snapshots();
         // A snapshot is only as good as the layers before it.
         if let Some(next) = snapshots.next_layer()?
-            && (0..next).any(|layer| !self.store.layer_path(layer).is_file())
+            && !(0..next).all(|layer| self.store.layer_path(layer).is_file() && self.watch.is_none_or(|watch| watch.has(layer)))
         {
             snapshots.remove()?;
         }
         let stream = Stream { weights: self.weights, ids: &self.samples.ids, snapshots: Some(&snapshots), progress: self.progress };
         stream_layers::<B>(&stream, device, &mut |layer, hidden| {
             let measure = Measure::new(LayerStats::new(self.weights.spec(), layer, self.samples.domains.len()), self.samples);
-            decoder_layer(self.weights, layer, hidden, &measure, Options::of::<B>())?;
+            decoder_layer(self.weights, layer, hidden, &Watched { tap: &measure, watch: self.watch }, Options::of::<B>())?;
+            self.watch.map_or(Ok(()), |watch| watch.layer_done(layer))?;
             self.store.put(layer, &measure.finish())
         })?;
         Ok(())
@@ -181,7 +187,7 @@ mod tests {
     }
 
     fn measure(weights: &dyn Weights, samples: &Samples, store: &Store) -> Result<Manifest> {
-        let pass = Pass { weights, fingerprint: "model", samples, calibrate: &calibrate(), store, progress: &Quiet };
+        let pass = Pass { weights, fingerprint: "model", samples, calibrate: &calibrate(), store, watch: None, progress: &Quiet };
         run(&pass, Device::Cpu)
     }
 

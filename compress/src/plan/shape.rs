@@ -9,6 +9,7 @@ use calib::tensor::Dtype;
 use kernels::ScaleType;
 
 use crate::Result;
+use crate::allocate::sensitivity::Table;
 
 /// A checkpoint as far as a plan depends on it: its tensors, without their data.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,7 +67,7 @@ impl Measured {
     /// # Errors
     ///
     /// An IO error, or a file that is not one of these.
-    pub fn read(store: &Store, corpus: String, layers: usize) -> Result<Self> {
+    pub fn read(store: &Store, corpus: String, layers: usize, table: Option<Table>) -> Result<Self> {
         let mut sites = BTreeMap::new();
         for layer in 0..layers {
             for (site, sums) in store.get(layer)?.channels {
@@ -74,7 +75,7 @@ impl Measured {
                 sites.insert((layer, site), Seen { rows: sums.tokens, dead });
             }
         }
-        Ok(Self { corpus, sites })
+        Ok(Self { corpus, sites, table })
     }
 }
 
@@ -95,6 +96,8 @@ pub struct Measured {
     pub corpus: String,
     /// What entered each site of each layer.
     pub sites: BTreeMap<(usize, Site), Seen>,
+    /// Predicted losses, where widths are shared out.
+    pub table: Option<Table>,
 }
 
 /// What entered one site.
