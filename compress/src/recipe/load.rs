@@ -88,7 +88,12 @@ impl Source {
 fn plain(path: &Path) -> PathBuf {
     let there = path.ancestors().find_map(|dir| Some((dir, fs_err::canonicalize(if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).ok()?)));
     let Some((dir, there)) = there else { return path.to_owned() };
-    let whole = path.strip_prefix(dir).map_or_else(|_| path.to_owned(), |rest| there.join(rest));
+    let whole = match path.strip_prefix(dir) {
+        Err(_) => path.to_owned(),
+        // Joining nothing would put a separator behind a file.
+        Ok(rest) if rest.as_os_str().is_empty() => there,
+        Ok(rest) => there.join(rest),
+    };
     let here = std::env::current_dir().and_then(fs_err::canonicalize).ok();
     match here.and_then(|here| whole.strip_prefix(here).ok().map(Path::to_owned)) {
         Some(below) if below.as_os_str().is_empty() => PathBuf::from("."),
