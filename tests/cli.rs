@@ -1,59 +1,11 @@
 //! The command line from outside: help pages, errors and results as a person sees them, as snapshots.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+mod place;
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
-}
+use std::process::{Output, Stdio};
 
-/// A fresh directory to run in, with what was said about it made the same on every machine.
-struct Place(tempfile::TempDir);
-
-impl Place {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn write(&self, name: &str, text: &str) -> &Self {
-        fs_err::write(self.path().join(name), text).unwrap();
-        self
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_moepress"));
-        command.args(args).current_dir(self.path()).env_remove("RUST_LOG").env("NO_COLOR", "1");
-        command
-    }
-
-    /// Exit code, standard output and standard error, as one text.
-    fn said(&self, args: &[&str]) -> String {
-        let Output { status, stdout, stderr } = self.command(args).output().unwrap();
-        let code = status.code().map_or_else(|| status.to_string(), |code| code.to_string());
-        let mut text = format!("$ moepress {}\n", args.join(" "));
-        text += &String::from_utf8(stdout).unwrap();
-        let errors = String::from_utf8(stderr).unwrap();
-        if !errors.is_empty() {
-            text += &format!("--- standard error\n{errors}");
-        }
-        text += &format!("--- exit {code}\n");
-        let text = text.replace(&format!("{}/", self.path().display()), "").replace(&format!("{}", root().display()), "ROOT");
-        text.lines().map(|line| format!("{}\n", without_time(line.trim_end()))).collect()
-    }
-}
-
-/// A JSON log line without the time it was written at.
-fn without_time(line: &str) -> String {
-    match line.split_once("{\"timestamp\":\"").and_then(|(_, rest)| rest.split_once("\",")) {
-        Some((_, rest)) => format!("{{{rest}"),
-        None => line.to_owned(),
-    }
-}
+use place::{Place, model, small_recipe, text};
 
 macro_rules! snapshot {
     ($name:expr, $said:expr) => {
@@ -133,8 +85,13 @@ fn the_first_thing_that_is_not_the_forms_stops_the_reader() {
 #[test]
 fn every_problem_of_value_is_told_at_once() {
     let place = Place::new();
-    place.write("r.toml", "schema = 2\nout = \"o\"\n\n[calibrate]\ncorpus = [\"absent.txt\"]\n\n[quantize.gptq]\n\n[allocate]\nbits = 1\nbytes = \"1GB\"\n");
-    let said = place.said(&["check", "r.toml"]) + "\n" + &place.said(&["check", "r.toml", "--set", "allocate.bits_per_weight=2.5", "--log-format", "json"]);
+    place.write(
+        "r.toml",
+        "schema = 2\nout = \"o\"\n\n[calibrate]\ncorpus = [\"absent.txt\"]\n\n[quantize.gptq]\n\n[allocate]\nbits = 1\nbytes = \"1GB\"\n",
+    );
+    let said = place.said(&["check", "r.toml"])
+        + "\n"
+        + &place.said(&["check", "r.toml", "--set", "allocate.bits_per_weight=2.5", "--log-format", "json"]);
     assert_eq!(said.matches("--- exit 2").count(), 2, "{said}");
     snapshot!("recipe-values", said);
 }
@@ -155,4 +112,246 @@ fn completions_name_every_command() {
         let said = Place::new().said(&["completions", shell]);
         assert!(["inspect", "check", "calibrate", "eval"].iter().all(|command| said.contains(command)), "{shell}");
     }
+}
+
+/// What differs between machines as `#`, in columns of one space: scores and costs.
+fn masked(text: &str) -> String {
+    let varies = ["en", "all", "calibrate", "plan", "apply", "export", "evaluate"];
+    let cell = |cell: &str| if cell.contains(|c: char| c.is_ascii_digit()) { "#".to_owned() } else { cell.to_owned() };
+    let line = |line: &str| {
+        let cells: Vec<&str> = line.split_whitespace().collect();
+        let name = cells.iter().find(|cell| **cell != "|");
+        let cells: Vec<String> = match name {
+            Some(name) if varies.contains(name) => cells.into_iter().map(cell).collect(),
+            _ => cells.into_iter().map(str::to_owned).collect(),
+        };
+        cells.join(" ") + "\n"
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn inspect_says_what_a_checkpoint_is() {
+    let place = Place::new();
+    let model = model();
+    let said = place.said(&["inspect", model.to_str().unwrap()]);
+    snapshot!("inspect", said);
+    let json: serde_json::Value = serde_json::from_str(&place.done(&["inspect", model.to_str().unwrap(), "--json"])).unwrap();
+    assert_eq!((json["family"].as_str(), json["parameters"].as_u64()), (Some("qwen3_moe"), Some(3_872_128)));
+    assert_eq!((json["experts"].as_u64(), json["top_k"].as_u64()), (Some(8), Some(2)));
+    let fp8 = place::root().join("tests/parity/deepseek_v3_fp8");
+    snapshot!("inspect-fp8", place.said(&["inspect", fp8.to_str().unwrap()]));
+    let listed = place.done(&["inspect", model.to_str().unwrap(), "-v"]);
+    assert!(listed.contains("model.layers.3.mlp.experts.7.down_proj.weight"), "{listed}");
+}
+
+#[test]
+fn a_shape_only_checkpoint_is_inspected_checked_and_planned() {
+    let place = Place::new();
+    place.done(&["inspect", model().to_str().unwrap(), "--shape-only", "shape"]);
+    place.write("r.toml", &small_recipe("gptq"));
+    let said: String = [
+        &["inspect", "shape"][..],
+        &["check", "r.toml", "--model", "shape"],
+        &["plan", "r.toml", "--model", "shape"],
+        &["run", "r.toml", "--model", "shape"],
+        &["calibrate", "r.toml", "--model", "shape"],
+        &["eval", "shape", "--text", text("test/en.txt").to_str().unwrap()],
+    ]
+    .iter()
+    .map(|args| place.said(args) + "\n")
+    .collect();
+    assert_eq!((said.matches("--- exit 0").count(), said.matches("--- exit 1").count()), (3, 3), "{said}");
+    snapshot!("shape-only", said);
+    let plan: serde_json::Value = serde_json::from_slice(&fs_err::read(place.path().join("out/moepress/plan.json")).unwrap()).unwrap();
+    assert_eq!(plan["tensors"].as_object().unwrap().len(), 134);
+    // What was planned without data is not what a run goes on from.
+    place.done(&["run", "r.toml", "-q"]);
+    let plan: serde_json::Value = serde_json::from_slice(&fs_err::read(place.path().join("out/moepress/plan.json")).unwrap()).unwrap();
+    assert!(plan["corpus"].is_string());
+}
+
+#[test]
+fn a_run_reports_and_is_done_once() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("gptq"));
+    let first = place.said(&["run", "r.toml", "--quiet"]);
+    snapshot!("run", masked(&first));
+    assert!(first.contains("quantized to 4.125 stored bits a weight") && first.contains("the result lies in out"), "{first}");
+    let again = place.said(&["run", "r.toml", "--quiet"]);
+    assert!(
+        again.contains("out is complete for this recipe, model and texts: nothing to do") && again.ends_with("--- exit 0\n"),
+        "{again}"
+    );
+    let json: serde_json::Value = serde_json::from_str(&place.done(&["run", "r.toml", "--json"])).unwrap();
+    let all = &json["report"]["evaluation"]["all"];
+    // 4 windows of 64 tokens score 63 each. 4 bits cost a little on real weights, and not nothing.
+    assert_eq!(all["tokens"], 252);
+    assert!((0.001..0.2).contains(&all["kl"].as_f64().unwrap()), "{all}");
+    assert!((0.7..1.0).contains(&all["top1"].as_f64().unwrap()), "{all}");
+    assert_eq!(json["stages"].as_object().unwrap().len(), 5);
+    let report = fs_err::read_to_string(place.path().join("out/moepress/report.md")).unwrap();
+    snapshot!("report", masked(&report));
+}
+
+#[test]
+fn another_recipe_model_or_text_is_another_run() {
+    let place = Place::new();
+    fs_err::copy(text("calib/en.txt"), place.path().join("en.txt")).unwrap();
+    let corpus = r#"calibrate.corpus=["en.txt"]"#;
+    place.write("r.toml", &small_recipe("gptq"));
+    let base = ["calibrate", "r.toml", "--quiet", "--set", corpus];
+    place.done(&base);
+    let with = |extra: &[&str]| place.said(&[&base[..], extra].concat());
+    let mut said = with(&["--set", "allocate.bits=3", "--set", "quantize.rtn={}"]);
+    fs_err::write(place.path().join("en.txt"), fs_err::read_to_string(text("calib/en.txt")).unwrap() + "more\n").unwrap();
+    said += &with(&[]);
+    assert_eq!(said.matches("--- exit 1").count(), 2, "{said}");
+    snapshot!("differs", said);
+    assert!(with(&["--force"]).ends_with("--- exit 0\n"));
+    assert!(with(&[]).contains("nothing to do"));
+}
+
+#[test]
+fn a_directory_of_something_else_is_left_alone() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("rtn")).write("out/thesis.tex", "x");
+    snapshot!("not-ours", place.said(&["run", "r.toml", "--force"]));
+}
+
+#[test]
+fn every_packed_and_dense_output_is_a_model_again() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("rtn"));
+    place.done(&["apply", "r.toml", "--quiet"]);
+    snapshot!("inspect-packed", place.said(&["inspect", "out"]));
+    let (model, test) = (model(), text("test/code.txt"));
+    let scores = |candidate: &str, reference: &str| -> serde_json::Value {
+        let args = [
+            "eval",
+            candidate,
+            "--reference",
+            reference,
+            "--text",
+            test.to_str().unwrap(),
+            "--context",
+            "64",
+            "--max-tokens",
+            "256",
+            "--json",
+            "-q",
+        ];
+        serde_json::from_str(&place.done(&args)).unwrap()
+    };
+    let kl = |scores: &serde_json::Value| scores["all"]["kl"].as_f64().unwrap();
+    let (packed, dense) = (scores("out", model.to_str().unwrap()), scores("out/dense", model.to_str().unwrap()));
+    // Dense rounds each weight once more, to bf16.
+    assert!((kl(&packed) / kl(&dense) - 1.0).abs() < 0.1 && kl(&packed) > 1e-3, "{packed} {dense}");
+    assert!(kl(&scores("out", "out/dense")) < 1e-3);
+    assert!(kl(&scores(model.to_str().unwrap(), model.to_str().unwrap())).abs() < 1e-9);
+}
+
+#[test]
+fn a_dump_has_what_the_reference_has() {
+    let place = Place::new();
+    let folder = place::root().join("tests/parity/deepseek_v3");
+    let reference = fs_err::read(folder.with_extension("safetensors")).unwrap();
+    let reference = safetensors::SafeTensors::deserialize(&reference).unwrap();
+    let ids = reference.tensor("input_ids").unwrap();
+    let rows: Vec<i64> = ids.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
+    let rows: Vec<_> = rows.chunks_exact(ids.shape()[1]).collect();
+    place.write("ids.json", &serde_json::to_string(&rows).unwrap());
+    place.done(&["eval", folder.to_str().unwrap(), "--tokens", "ids.json", "--dump", "dump.safetensors"]);
+    let dump = fs_err::read(place.path().join("dump.safetensors")).unwrap();
+    let dump = safetensors::SafeTensors::deserialize(&dump).unwrap();
+    let mut compared = 0;
+    for (name, theirs) in reference.tensors() {
+        // References of generation are of another run.
+        let Ok(ours) = dump.tensor(&name) else { continue };
+        assert_eq!((ours.shape(), ours.dtype()), (theirs.shape(), theirs.dtype()), "{name}");
+        compared += 1;
+    }
+    assert!(compared >= 10, "only {compared} tensors are in both");
+    let floats = |file: &safetensors::SafeTensors<'_>| -> Vec<f32> {
+        file.tensor("logits").unwrap().data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    let far = floats(&dump).iter().zip(floats(&reference)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(far < 1e-4, "logits differ by {far}");
+}
+
+#[test]
+fn models_that_cannot_be_opened_say_why() {
+    let place = Place::new();
+    place.write("pickled/config.json", "{}").write("pickled/pytorch_model.bin", "x");
+    place.done(&["inspect", model().to_str().unwrap(), "--shape-only", "llama"]);
+    let config = fs_err::read_to_string(model().join("config.json")).unwrap().replace("qwen3_moe", "llama");
+    place.write("llama/config.json", &config);
+    place.done(&["inspect", model().to_str().unwrap(), "--shape-only", "gelu"]);
+    let config = fs_err::read_to_string(model().join("config.json")).unwrap().replace("silu", "gelu");
+    place.write("gelu/config.json", &config);
+    place.write("r.toml", RECIPE);
+    let said: String = [
+        &["inspect", "absent"][..],
+        &["inspect", "pickled"],
+        &["inspect", "llama"],
+        &["inspect", "gelu"],
+        &["run", "r.toml"],
+        &["eval", "absent", "--text", "a.txt"],
+    ]
+    .iter()
+    .map(|args| place.said(args) + "\n")
+    .collect();
+    assert_eq!(said.matches("--- exit 1").count(), 6, "{said}");
+    snapshot!("models", said);
+}
+
+#[test]
+fn what_does_not_fit_the_model_is_told_with_its_line() {
+    let place = Place::new();
+    let recipe = small_recipe("rtn").replace("bits = 4", "bits = 4\ngroup = 96\nexclude = [\"*.experts.9.*\"]");
+    place.write("r.toml", &recipe);
+    let said = place.said(&["check", "r.toml"]);
+    assert!(said.ends_with("--- exit 2\n"), "{said}");
+    snapshot!("recipe-shape", said);
+}
+
+#[test]
+fn a_text_that_is_too_short_stops_a_run_before_any_work() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("rtn")).write("short.txt", "It was a dark night.");
+    let said = place.said(&["run", "r.toml", "--set", "evaluate.text=[\"short.txt\"]"]);
+    assert!(!place.path().join("out/moepress/stats").exists());
+    snapshot!("short-text", said);
+}
+
+#[test]
+fn the_log_is_quiet_or_json_as_asked() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("rtn"));
+    let output = place.command(&["run", "r.toml", "--log-format", "json"]).output().unwrap();
+    let lines = String::from_utf8(output.stderr).unwrap();
+    let stages = lines.lines().filter(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["level"] == "INFO").count();
+    assert!(stages >= 4, "{lines}");
+    let output = place.command(&["run", "r.toml", "--quiet", "--force"]).output().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+}
+
+#[test]
+fn every_recipe_of_the_project_has_no_problem() {
+    let place = Place::new();
+    let mut checked = 0;
+    for entry in fs_err::read_dir(place::root().join("configs")).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.extension().is_some_and(|e| e == "toml") {
+            place.done(&["check", entry.to_str().unwrap(), "--out", "out"]);
+            checked += 1;
+        }
+    }
+    assert!(checked > 0);
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_build_without_cuda_says_so() {
+    let place = Place::new();
+    snapshot!("no-cuda", place.said(&["eval", model().to_str().unwrap(), "--text", "a.txt", "--device", "cuda:1"]));
 }

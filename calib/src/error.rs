@@ -226,6 +226,13 @@ pub enum Error {
         least: usize,
     },
 
+    /// A sampler that chooses by what the model does was asked for where there is no model.
+    #[error("the sampler `{sampler}` has to run the model to choose its samples")]
+    SamplerNeedsModel {
+        /// Its name in the recipe.
+        sampler: &'static str,
+    },
+
     /// The tokenizer knows more than the model.
     #[error("{}: token {id} is past the model's vocabulary of {vocab}; is this the model's own tokenizer?", path.display())]
     TokenPastVocabulary {
@@ -331,6 +338,13 @@ pub enum Error {
         path: PathBuf,
         /// In which the two differ: `model weights`, `samples`, …
         what: String,
+    },
+
+    /// More experts than a routing trace has numbers for.
+    #[error("a layer has {experts} experts; statistics are kept of at most 65536")]
+    TooManyExperts {
+        /// Of the layer.
+        experts: usize,
     },
 
     /// Two models cannot be compared token by token.

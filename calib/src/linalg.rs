@@ -36,6 +36,7 @@ impl Upper {
     /// # Panics
     ///
     /// If there is no column `j`.
+    #[inline]
     pub fn column(&self, j: usize) -> &[f32] {
         &self.columns[j * self.side..=j * self.side + j]
     }
@@ -45,6 +46,7 @@ impl Upper {
     /// # Panics
     ///
     /// If there is no column `j`.
+    #[inline]
     pub fn diagonal(&self, j: usize) -> f32 {
         self.columns[j * self.side + j]
     }

@@ -7,6 +7,8 @@
 //! **Memory.** What [`forward`](crate::forward) states for one layer, and the layer's statistics; one batch more in f32
 //! while hidden states are written.
 
+mod alike;
+mod draw;
 mod measure;
 mod snapshot;
 mod watch;
@@ -22,7 +24,8 @@ use crate::sample::{Calibrate, Samples};
 use crate::stats::{LayerStats, Manifest, Part, Store};
 use crate::{Error, Result, Weights};
 
-pub use measure::Measure;
+pub use draw::{Draw, draw, routing_counts};
+pub use measure::{Measure, Measured};
 pub use snapshot::Snapshots;
 pub use watch::Watch;
 use watch::Watched;
@@ -100,21 +103,29 @@ pub struct Pass<'a> {
 /// the model says.
 pub fn run(pass: &Pass<'_>, device: Device) -> Result<Manifest> {
     let manifest = pass.manifest();
-    if let Some(found) = pass.store.manifest()? {
-        let path = pass.store.dir().join("manifest.json");
-        return if found == manifest { Ok(found) } else { Err(Error::Changed { path, what: difference(&found, &manifest) }) };
+    match pass.store.manifest()? {
+        Some(found) if found == manifest => {}
+        Some(found) => {
+            let path = pass.store.dir().join("manifest.json");
+            return Err(Error::Changed { path, what: difference(&found, &manifest).to_owned() });
+        }
+        None => {
+            device.run(*pass)?;
+            pass.store.finish(&manifest)?;
+        }
     }
-    device.run(*pass)?;
-    pass.store.finish(&manifest)?;
+    // Also what a pass left that was killed right here.
     pass.snapshots().remove()?;
+    pass.forget(pass.weights.spec().layers.len())?;
     Ok(manifest)
 }
 
 impl Pass<'_> {
     fn manifest(&self) -> Manifest {
-        let Calibrate { seed, sampler, .. } = self.calibrate;
+        let Calibrate { seed, traces, similarity_tokens, .. } = *self.calibrate;
+        let sampler = self.calibrate.sampler.name().to_owned();
         let (samples, tokens) = (self.samples.ids.len(), self.samples.tokens);
-        let part = Part { corpus: self.samples.hash(), sampler: sampler.name().to_owned(), seed: *seed, samples, tokens };
+        let part = Part { corpus: self.samples.hash(), sampler, seed, samples, tokens, similarity_tokens, traces };
         Manifest {
             schema: 1,
             model: self.fingerprint.to_owned(),
@@ -125,7 +136,9 @@ impl Pass<'_> {
     }
 
     fn snapshots(&self) -> Snapshots {
-        let key = [("model files", self.fingerprint.to_owned()), ("calibration samples", self.samples.hash())];
+        let Calibrate { traces, similarity_tokens, .. } = *self.calibrate;
+        let settings = format!("traces {traces}, similarity_tokens {similarity_tokens}");
+        let key = [(MODEL, self.fingerprint.to_owned()), (SAMPLES, self.samples.hash()), (SETTINGS, settings)];
         let key: BTreeMap<_, _> = key.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
         Snapshots::new(self.store.dir().join("hidden.safetensors"), key)
     }
@@ -135,34 +148,76 @@ impl Job for Pass<'_> {
     type Output = Result<()>;
 
     fn run<B: Backend>(self, device: &B::Device) -> Result<()> {
+        let spec = self.weights.spec();
+        (0..spec.layers.len()).filter_map(|layer| spec.moe(layer)).try_for_each(|moe| measure::nameable(moe.experts))?;
         let snapshots = self.snapshots();
-        // A snapshot is only as good as the layers before it.
+        // A snapshot is only as good as what was written of the layers before it.
         if let Some(next) = snapshots.next_layer()?
-            && !(0..next).all(|layer| self.store.layer_path(layer).is_file() && self.watch.is_none_or(|watch| watch.has(layer)))
+            && !(0..next).all(|layer| self.finished(layer, next))
         {
             snapshots.remove()?;
         }
         let stream = Stream { weights: self.weights, ids: &self.samples.ids, snapshots: Some(&snapshots), progress: self.progress };
-        stream_layers::<B>(&stream, device, &mut |layer, hidden| {
-            let measure = Measure::new(LayerStats::new(self.weights.spec(), layer, self.samples.domains.len()), self.samples);
-            decoder_layer(self.weights, layer, hidden, &Watched { tap: &measure, watch: self.watch }, Options::of::<B>())?;
-            self.watch.map_or(Ok(()), |watch| watch.layer_done(layer))?;
-            self.store.put(layer, &measure.finish())
-        })?;
+        stream_layers::<B>(&stream, device, &mut |layer, hidden| self.layer(layer, hidden)).map(drop)
+    }
+}
+
+impl Pass<'_> {
+    /// Measures one layer; on return its files have their names.
+    fn layer<B: Backend>(&self, layer: usize, hidden: &mut [Tensor<B, 3>]) -> Result<()> {
+        let spec = self.weights.spec();
+        let before = layer.checked_sub(1).map(|before| self.store.traces(before)).transpose()?.flatten();
+        let subset = alike::subset(self.samples.total_tokens(), self.calibrate.similarity_tokens);
+        let stats = LayerStats::new(spec, layer, self.samples.domains.len());
+        let measure = Measure::new(stats, self.samples, before.as_ref(), subset);
+        decoder_layer(self.weights, layer, hidden, &Watched { tap: &measure, watch: self.watch }, Options::of::<B>())?;
+        self.watch.map_or(Ok(()), |watch| watch.layer_done(layer))?;
+        let mut measured = measure.finish();
+        if let (Some(experts), Some(moe), true) = (&mut measured.stats.experts, spec.moe(layer), self.calibrate.similarity_tokens > 0) {
+            experts.similarity = Some(alike::similarity(self.weights, layer, moe, measured.subset)?);
+        }
+        if let Some(chosen) = &measured.chosen {
+            self.store.put_traces(layer, chosen)?;
+        }
+        self.store.put(layer, &measured.stats)?;
+        self.forget(layer)
+    }
+
+    /// Whether a layer's files are there; those of the last one before `next` with its traces, which `next` counts from.
+    fn finished(&self, layer: usize, next: usize) -> bool {
+        let traced = self.weights.spec().moe(layer).is_some() && (self.calibrate.traces || layer + 1 == next);
+        let watched = self.watch.is_none_or(|watch| watch.has(layer));
+        watched && self.store.layer_path(layer).is_file() && (!traced || self.store.traces_path(layer).is_file())
+    }
+
+    /// Drops the traces of the layer before `layer`, unless they are asked for. A layer later than they are needed, so that
+    /// a snapshot that is one layer old still finds them.
+    fn forget(&self, layer: usize) -> Result<()> {
+        let layers = self.weights.spec().layers.len();
+        let dropped = if layer == layers { layer.saturating_sub(2)..layer } else { layer.saturating_sub(2)..layer.saturating_sub(1) };
+        for path in dropped.filter(|_| !self.calibrate.traces).map(|layer| self.store.traces_path(layer)) {
+            if path.is_file() {
+                fs_err::remove_file(path)?;
+            }
+        }
         Ok(())
     }
 }
 
-/// In which word two manifests differ.
-fn difference(found: &Manifest, asked: &Manifest) -> String {
-    let what = if found.model != asked.model {
-        "model files"
-    } else if found.parts != asked.parts || found.domains != asked.domains {
-        "calibration samples"
+const MODEL: &str = "model files";
+const SAMPLES: &str = "calibration samples";
+const SETTINGS: &str = "calibration settings";
+
+/// In what two manifests differ.
+fn difference(found: &Manifest, asked: &Manifest) -> &'static str {
+    let corpora = |m: &Manifest| m.parts.iter().map(|part| part.corpus.clone()).collect::<Vec<_>>();
+    if found.model != asked.model {
+        MODEL
+    } else if corpora(found) != corpora(asked) {
+        SAMPLES
     } else {
-        "settings"
-    };
-    what.to_owned()
+        SETTINGS
+    }
 }
 
 #[cfg(test)]
@@ -173,8 +228,9 @@ mod tests {
     use crate::arch::Site;
     use crate::device::Cpu;
     use crate::forward::testing::{grouped_spec, hidden, latent_spec, random, samples};
+    use crate::forward::{NoTap, Routed, Tap, values};
     use crate::progress::Quiet;
-    use crate::sample::Sampler;
+    use crate::stats::cosine;
 
     /// Five samples of 700 tokens in three batches, two domains.
     fn corpus() -> Samples {
@@ -183,7 +239,7 @@ mod tests {
     }
 
     fn calibrate() -> Calibrate {
-        Calibrate { corpus: vec![], samples: 5, tokens: 700, seed: 3, sampler: Sampler::default() }
+        Calibrate { samples: 5, tokens: 700, seed: 3, ..Calibrate::over(vec![]) }
     }
 
     fn measure(weights: &dyn Weights, samples: &Samples, store: &Store) -> Result<Manifest> {
@@ -207,11 +263,12 @@ mod tests {
         let manifest = measure(&table, &corpus(), &store).unwrap();
         assert_eq!((manifest.layers, manifest.parts[0].samples, manifest.parts[0].tokens), (2, 5, 700));
         let dense = store.get(0).unwrap();
-        assert!(dense.router.is_none() && dense.outputs.is_none());
+        assert!(dense.experts.is_none());
         assert!(dense.channels.values().all(|c| c.tokens == 3500 && c.squares.iter().all(|&x| x > 0.0)));
         assert_eq!(dense.channels[&Site::QueryB].squares.len(), 10);
         let stats = store.get(1).unwrap();
-        let (router, outputs) = (stats.router.unwrap(), stats.outputs.unwrap());
+        let experts = stats.experts.unwrap();
+        let (router, outputs) = (experts.router, experts.outputs);
         assert_eq!(router.tokens.to_vec(), [2100, 1400]);
         assert_eq!(router.counts.sum(), 7000);
         assert_eq!(router.counts, outputs.counts);
@@ -221,6 +278,94 @@ mod tests {
             assert_eq!(stats.channels[&Site::ExpertDown(expert)].squares.len(), 12);
         }
         assert_eq!(stats.channels[&Site::SharedDown].tokens, 3500);
+        assert_eq!(experts.block.tokens, router.tokens);
+        assert_eq!(router.pairs.diag(), router.load());
+        assert_eq!(router.pairs.sum(), 4 * 3500, "two by two a token");
+        assert!(router.transitions.is_none(), "the layer before has no experts");
+        assert!((stats.gates[&Site::SharedDown].weight - 3500.0).abs() < 1e-9);
+    }
+
+    type Weighted = (f32, Vec<f32>);
+
+    /// What passes, kept whole: the slow way to the same numbers.
+    #[derive(Default)]
+    struct Kept {
+        blocks: std::sync::Mutex<BTreeMap<&'static str, Vec<f32>>>,
+        /// By token and expert: its weight and its row.
+        outputs: std::sync::Mutex<BTreeMap<(u32, usize), Weighted>>,
+    }
+
+    impl Tap<Cpu> for Kept {
+        fn expert_output(&self, _: usize, expert: usize, out: &Tensor<Cpu, 2>, routed: &Routed) -> Result<()> {
+            let rows = values(out.clone(), "test")?;
+            let rows = rows.chunks_exact(24).zip(routed.tokens.iter().zip(&routed.weights));
+            self.outputs.lock().unwrap().extend(rows.map(|(row, (&t, &w))| ((t, expert), (w, row.to_vec()))));
+            Ok(())
+        }
+        fn block(&self, _: usize, name: &'static str, _: usize, x: &Tensor<Cpu, 2>) -> Result<()> {
+            self.blocks.lock().unwrap().entry(name).or_default().extend(values(x.clone(), "test")?);
+            Ok(())
+        }
+        fn wants_blocks(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn blocks_and_importance_are_what_the_formulas_say() {
+        let table = random(latent_spec(), 5);
+        let corpus = corpus();
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        measure(&table, &corpus, &store).unwrap();
+        let experts = store.get(1).unwrap().experts.unwrap();
+        let mut hidden = embed::<Cpu>(&table, &corpus.ids, &Default::default()).unwrap();
+        decoder_layer(&table, 0, &mut hidden, &NoTap, Options { in_flight: 1 }).unwrap();
+        let kept = Kept::default();
+        decoder_layer(&table, 1, &mut hidden, &kept, Options { in_flight: 1 }).unwrap();
+        let (blocks, outputs) = (kept.blocks.into_inner().unwrap(), kept.outputs.into_inner().unwrap());
+        let row = |name: &str, t: usize| &blocks[name][t * 24..][..24];
+        let mut residual = [0.0; 2];
+        let mut importance = ndarray::Array2::<f64>::zeros((2, 6));
+        for t in 0..3500 {
+            let domain = [0, 1, 0, 1, 0][t / 700];
+            let before: Vec<f32> = row("hidden", t).iter().zip(row("moe.out", t)).map(|(a, b)| a - b).collect();
+            let mut after = before.clone();
+            let mine: Vec<_> = (0..6).filter_map(|e| outputs.get(&(t as u32, e)).map(|o| (e, o))).collect();
+            for (_, (w, out)) in &mine {
+                after.iter_mut().zip(out).for_each(|(a, o)| *a += w * o);
+            }
+            residual[domain] += cosine(&before, row("hidden", t));
+            for (e, (w, out)) in mine {
+                let norm = out.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+                importance[(domain, e)] += f64::from(*w) * norm * (1.0 - cosine(&before, &after));
+            }
+        }
+        let close = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-5;
+        assert!(residual.iter().zip(&experts.block.residual).all(|(&a, &b)| close(a, b)), "{residual:?}, {}", experts.block.residual);
+        let sums = &experts.outputs.importance;
+        assert!(importance.iter().zip(sums).all(|(&a, &b)| close(a, b)), "{importance}, {sums}");
+    }
+
+    #[test]
+    fn traces_and_similarity_are_kept_where_asked_for() {
+        let table = random(grouped_spec(), 5);
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let calibrate = Calibrate { traces: true, similarity_tokens: 40, ..calibrate() };
+        let samples = corpus();
+        let pass =
+            Pass { weights: &table, fingerprint: "model", samples: &samples, calibrate: &calibrate, store: &store, watch: None, progress: &Quiet };
+        run(&pass, Device::Cpu).unwrap();
+        let (first, second) = (store.traces(0).unwrap().unwrap(), store.traces(1).unwrap().unwrap());
+        assert_eq!((first.dim(), second.dim()), ((3500, 2), (3500, 2)));
+        let experts = store.get(1).unwrap().experts.unwrap();
+        let transitions = experts.router.transitions.unwrap();
+        let counted = (0..3500).filter(|&t| first.row(t).iter().any(|&e| e == 2) && second.row(t).iter().any(|&e| e == 5)).count();
+        assert_eq!(transitions[(2, 5)], counted as u64);
+        assert_eq!(experts.similarity.unwrap().tokens, 40);
+        let error = measure(&table, &samples, &store).unwrap_err().to_string();
+        assert!(error.contains("other calibration settings"), "{error}");
     }
 
     #[test]
@@ -244,7 +389,7 @@ mod tests {
         measure(&table, &corpus(), &whole).unwrap();
         assert!(measure(&Killed(&table), &corpus(), &parts).is_err());
         let written = files(&parts);
-        assert_eq!(written.keys().collect::<Vec<_>>(), ["hidden.safetensors", "layer-00000.safetensors"]);
+        assert_eq!(written.keys().collect::<Vec<_>>(), ["hidden.safetensors", "layer-00000.safetensors", "traces-00000.safetensors"]);
         measure(&table, &corpus(), &parts).unwrap();
         assert_eq!(files(&parts), files(&whole));
         assert_eq!(files(&whole).len(), 3);
@@ -320,7 +465,7 @@ mod tests {
         let mut layers = Vec::new();
         let last = stream_layers::<Cpu>(&stream, &Default::default(), &mut |layer, hidden| {
             layers.push(layer);
-            decoder_layer(&table, layer, hidden, &crate::forward::NoTap, Options { in_flight: 3 })
+            decoder_layer(&table, layer, hidden, &NoTap, Options { in_flight: 3 })
         });
         let last: Vec<f32> = last.unwrap().into_iter().flat_map(|x| x.into_data().into_vec::<f32>().unwrap()).collect();
         assert_eq!(layers, [0, 1]);

@@ -63,7 +63,7 @@ impl Case {
 
     fn solve(&self, params: &Params) {
         let width = Width { bits: 4, group: Group::Size(128), scale_type: ScaleType::Bf16, grid: Grid::Sym };
-        let factor = factorize(self.moment.clone(), &[width.group], params).unwrap();
+        let factor = factorize(self.moment.view(), &[width.group], params).unwrap();
         for w in &self.matrices {
             black_box(gptq(w.view(), &factor, &width, params).unwrap());
         }

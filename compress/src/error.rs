@@ -181,7 +181,9 @@ pub enum Error {
     },
 
     /// A plan that does not fit the model it is applied to.
-    #[error("the plan was made for the checkpoint {planned}, but this one is {found}; make the plan again, or name the model it was made for")]
+    #[error(
+        "the plan was made for the checkpoint {planned}, but this one is {found}; make the plan again, or name the model it was made for"
+    )]
     OtherModel {
         /// The plan's fingerprint.
         planned: String,
@@ -276,12 +278,10 @@ pub enum Error {
     },
 
     /// A checkpoint without data where data are needed.
-    #[error("{} is a shape-only checkpoint: it has no data to {verb}; inspect, check and plan take it", dir.display())]
+    #[error("{} is a shape-only checkpoint: its tensors have no data; only inspect, check and plan take it", dir.display())]
     ShapeOnly {
         /// The checkpoint.
         dir: PathBuf,
-        /// What was to be done.
-        verb: &'static str,
     },
 
     /// An output directory that holds the model.

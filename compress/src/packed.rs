@@ -235,7 +235,10 @@ fn stored(checkpoint: &Checkpoint, module: &str, schemes: &Schemes) -> Result<St
                  only the dense packing ({dense} words) of 0.18 and later is read: pack it again with a newer version"
             )
         } else {
-            format!("{module}.weight_packed is {:?}, but {outputs} rows of {inputs} codes of {bits} bits take {dense} words each", packed.shape)
+            format!(
+                "{module}.weight_packed is {:?}, but {outputs} rows of {inputs} codes of {bits} bits take {dense} words each",
+                packed.shape
+            )
         };
         return Err(wrong(checkpoint, what));
     }
@@ -343,7 +346,10 @@ impl Schemes {
             let format = group.format.or_else(|| section.format.clone()).unwrap_or_else(|| "pack-quantized".to_owned());
             let Some(weights) = group.weights else { return Err(refuse(format!("{name} quantizes no weights"))) };
             if format != "pack-quantized" || weights.kind != "int" || !(1..=8).contains(&weights.num_bits) {
-                let what = format!("{name} is {format} of {} {} bits; only pack-quantized of 1 to 8 int bits is read", weights.kind, weights.num_bits);
+                let what = format!(
+                    "{name} is {format} of {} {} bits; only pack-quantized of 1 to 8 int bits is read",
+                    weights.kind, weights.num_bits
+                );
                 return Err(refuse(what));
             }
             if group.input_activations.is_some_and(|a| !a.is_null()) {

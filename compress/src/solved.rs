@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::{Action, Plan, Quantize};
 use crate::quantize::{Grid, Loss};
-use crate::tensorfile::{Create, Declared, Element, Open, little_endian, scale_bytes, write_whole};
+use crate::tensorfile::{Create, Declared, Element, Open, little_endian, scale_bytes, temporary, write_whole};
 use crate::{Error, Result};
 
 /// Version of the files' form.
@@ -101,8 +101,12 @@ impl Solved {
             check_manifest(&path, &wanted)?;
         } else {
             fs_err::create_dir_all(&dir)?;
-            if let Some(stray) = fs_err::read_dir(&dir)?.next() {
-                return Err(Error::Stage { path: stray?.path(), what: "it stands in a folder without a manifest".into() });
+            for stray in fs_err::read_dir(&dir)? {
+                let stray = stray?.path();
+                // A run that was killed while it wrote the manifest leaves it under its temporary name.
+                if stray != temporary(&path) {
+                    return Err(Error::Stage { path: stray, what: "it stands in a folder without a manifest".into() });
+                }
             }
             let text = serde_json::to_string_pretty(&wanted).map_err(|source| Error::Json { path: path.clone(), source })?;
             write_whole(&path, (text + "\n").as_bytes())?;
@@ -172,8 +176,7 @@ impl Solved {
 }
 
 fn check_manifest(path: &Path, wanted: &Manifest) -> Result<()> {
-    let found: Manifest =
-        serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })?;
+    let found: Manifest = serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })?;
     if found == *wanted {
         return Ok(());
     }
@@ -276,8 +279,8 @@ impl LayerRead {
             }
         }
         let words = self.words(name)?;
-        let codes = pack::unpack_rows(&words, [outputs, inputs], how.bits)
-            .map_err(|source| Error::Matrix { name: name.to_owned(), source })?;
+        let codes =
+            pack::unpack_rows(&words, [outputs, inputs], how.bits).map_err(|source| Error::Matrix { name: name.to_owned(), source })?;
         drop(words);
         let zeros = |name: &str| self.file.bytes(&format!("{name}:zeros"));
         let matrix = QuantizedMatrix {

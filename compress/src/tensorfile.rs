@@ -188,11 +188,13 @@ impl Open {
             serde_json::from_slice(&text).map_err(|_| wrong("its header is not JSON"))?;
         let metadata = header.remove("__metadata__").unwrap_or_default();
         let metadata = serde_json::from_value(metadata).map_err(|_| wrong("its metadata are not strings"))?;
-        let entries: BTreeMap<String, Entry> = serde_json::from_value(serde_json::Value::Object(header))
-            .map_err(|_| wrong("its header holds something else than tensors"))?;
+        let entries: BTreeMap<String, Entry> =
+            serde_json::from_value(serde_json::Value::Object(header)).map_err(|_| wrong("its header holds something else than tensors"))?;
         let data = size - 8 - length;
         let whole = |e: &Entry| e.data_offsets.0 <= e.data_offsets.1 && e.data_offsets.1 - e.data_offsets.0 == e.bytes() as u64;
-        if entries.values().any(|e| !whole(e) || e.data_offsets.1 > data) || entries.values().map(|e| e.data_offsets.1).max().unwrap_or(0) != data {
+        if entries.values().any(|e| !whole(e) || e.data_offsets.1 > data)
+            || entries.values().map(|e| e.data_offsets.1).max().unwrap_or(0) != data
+        {
             return Err(wrong("its length does not fit its header: it was cut short"));
         }
         Ok(Self { path: path.to_owned(), start: 8 + length, metadata, entries, file: Mutex::new(file) })

@@ -62,6 +62,11 @@ def theirs():
             info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not key.startswith(beyond)]
         wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys}
         assert not wrong, f"transformers {transformers.__version__}: {wrong}"
+        # Whatever dtype is asked for, transformers 5.17 leaves packed experts (and a router that it renames) in bf16, and its
+        # grouped product then rounds activations to bf16 as well: logits move by 2e-3, and Mixtral's router stops with an error.
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
         with torch.no_grad():
             return model.eval()(ids, use_cache=False).logits
 

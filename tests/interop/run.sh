@@ -47,6 +47,8 @@ export MOEPRESS="${work%/interop}/release/moepress"
 export MOEPRESS_OUT="$work/quickstart"
 rm -rf "$MOEPRESS_OUT"
 "$MOEPRESS" run configs/quickstart.toml --out "$MOEPRESS_OUT" --quiet
+status=0
 for version in transformers5 transformers4; do
-    "$work/$version/bin/python" -m pytest -q -p no:cacheprovider tests/interop "$@"
+    "$work/$version/bin/python" -m pytest -q -p no:cacheprovider tests/interop "$@" || status=1
 done
+exit $status

@@ -11,7 +11,7 @@ use crate::{Result, Weights};
 #[derive(Clone, Debug)]
 pub struct Head<B: Backend> {
     norm: NormLayer<B>,
-    /// `[vocab, hidden]` as it is stored: turning it would hold the model's largest tensor twice.
+    /// `[vocab, hidden]` as it is stored.
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
 }

@@ -4,14 +4,14 @@
 //! each. [`embed`] makes them, [`decoder_layer`] carries them through one layer in place, [`Head`] turns them into logits;
 //! a [`Tap`] sees what passes through. [`Generator`] keeps all layers and a key-value cache instead.
 //!
-//! **Memory.** With `R` rows (tokens of all samples), hidden width `d`, a batch of `b` rows, `n` = [`Options::in_flight`],
-//! expert width `f` and largest attention matrix `A` elements, one layer needs at its peak, in f32:
+//! **Memory.** With `R` rows (tokens of all samples), hidden width `d`, batches of `b` rows, `n` = [`Options::in_flight`],
+//! experts of width `f` and queries of width `q` = heads · head width, one layer needs at its peak, in f32,
 //!
-//! `4 · ( 3·R·d + n · max( b · (6·q + 4·d) + SCORES , 3·f·d + CHUNK · (2·d + 3·f) ) + attention's weights + A )` bytes:
+//! `4 · ( 3·R·d + 2·R·k + W + max( n·b·4·(q + d) + n·max(4·b·q, 3·SCORES) , 3·n·f·d + min(R, n·CHUNK)·(3·d + 4·f) ) )` bytes:
 //!
-//! the residual stream, its normed copy and at most one more copy of expert outputs waiting to be added; beside them
-//! either the attention of `n` batches (`q` = heads · head width) or `n` experts. Never a whole layer of experts.
-//! `R · (E + 2·k)` more hold the router's scores and choices while a batch's are shown, `2·R·k` the lists of rows.
+//! the residual stream, its normed copy and at most one more copy of expert outputs that wait to be added; the lists of rows of
+//! `k` experts a token; `W` for attention, router and shared expert; and either the attention of `n` batches or `n` experts
+//! with chunks of their rows. Never a whole layer of experts. [`peak_bytes`] computes it, and a test holds the layer to it.
 //!
 //! **Bits do not depend on the number of threads.** Work is cut by shapes alone; the only sums that cross a cut are the
 //! experts' contributions to a row, and those are added in rising order of expert.
@@ -24,6 +24,7 @@ mod head;
 mod latent;
 mod layer;
 mod linear;
+mod memory;
 mod moe;
 mod norm;
 mod parallel;
@@ -40,6 +41,7 @@ pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
 pub use head::Head;
 pub use layer::{DecoderLayer, Experts, decoder_layer};
+pub use memory::{Samples, peak_bytes};
 pub use moe::values;
 pub use parallel::Options;
 pub use tap::{NoTap, Routed, Routing, Tap};

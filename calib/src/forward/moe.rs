@@ -32,9 +32,9 @@ impl<B: Backend> GatedMlp<B> {
         })
     }
 
-    /// What enters the down projection, `[rows, inner]`.
-    pub fn activation(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        silu(self.gate.apply(x.clone())) * self.up.apply(x)
+    /// What the gate and the up projection give, `[rows, inner]` each.
+    fn gates(&self, x: Tensor<B, 2>) -> [Tensor<B, 2>; 2] {
+        [self.gate.apply(x.clone()), self.up.apply(x)]
     }
 
     /// The down projection, `[rows, hidden]`.
@@ -52,11 +52,16 @@ impl<B: Backend> GatedMlp<B> {
     ) -> Result<()> {
         let wants = |site| context.tap.wants(context.layer, site);
         let task = |(index, x): (usize, &Tensor<B, 2>)| {
-            let activation = self.activation(x.clone());
+            let gates = self.gates(x.clone());
+            let shown = context.tap.wants_gates().then(|| gates.clone());
+            let activation = activate(gates);
             let kept = wants(down).then(|| activation.clone());
-            Ok((index, kept, self.down(activation)))
+            Ok((index, shown, kept, self.down(activation)))
         };
-        in_blocks(context.options.in_flight, batches.iter().enumerate(), task, |(index, kept, out)| {
+        in_blocks(context.options.in_flight, batches.iter().enumerate(), task, |(index, shown, kept, out)| {
+            if let Some([gate, up]) = shown {
+                context.tap.gates(context.layer, down, &gate, &up, None)?;
+            }
             if wants(enter) {
                 context.tap.rows(context.layer, enter, &batches[index], None)?;
             }
@@ -67,6 +72,11 @@ impl<B: Backend> GatedMlp<B> {
         })?;
         context.done([enter, down])
     }
+}
+
+/// `silu(gate) ⊙ up`.
+fn activate<B: Backend>([gate, up]: [Tensor<B, 2>; 2]) -> Tensor<B, 2> {
+    silu(gate) * up
 }
 
 /// A block of routed experts.
@@ -187,7 +197,11 @@ impl<B: Backend> MoeBlock<B> {
                 if tap.wants(context.layer, enter) {
                     tap.rows(context.layer, enter, &x, Some(&routed))?;
                 }
-                let activation = mlp.activation(x);
+                let gates = mlp.gates(x);
+                if tap.wants_gates() {
+                    tap.gates(context.layer, down, &gates[0], &gates[1], Some(&routed))?;
+                }
+                let activation = activate(gates);
                 if tap.wants(context.layer, down) {
                     tap.rows(context.layer, down, &activation, Some(&routed))?;
                 }

@@ -47,7 +47,9 @@ fn later_tokens_change_nothing_before_them() {
         let before = hidden(&table, &ids);
         ids[0][15] = (ids[0][15] + 1) % 32;
         let after = hidden(&table, &ids);
-        assert!(before[..15 * 24] == after[..15 * 24] && before[15 * 24..] != after[15 * 24..], "{name}");
+        // Not to the bit: an expert with another number of rows may multiply them by another kernel.
+        assert!(distance(&before[..15 * 24], &after[..15 * 24]) < 1e-6, "{name}");
+        assert!(distance(&before[15 * 24..], &after[15 * 24..]) > 1e-3, "{name}");
     }
 }
 
@@ -61,7 +63,8 @@ fn a_window_hides_what_lies_before_it() {
     ids[0][2] = (ids[0][2] + 1) % 32;
     let after = hidden(&table, &ids);
     // Window 4: token 2 is seen by 2, 3, 4 and 5.
-    assert!(before[6 * 24..] == after[6 * 24..] && before[5 * 24..6 * 24] != after[5 * 24..6 * 24]);
+    assert!(distance(&before[6 * 24..], &after[6 * 24..]) < 1e-6);
+    assert!(distance(&before[5 * 24..6 * 24], &after[5 * 24..6 * 24]) > 1e-3);
 }
 
 /// The same model with expert `e` stored as expert `(e + 1) % experts`.

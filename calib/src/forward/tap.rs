@@ -54,6 +54,21 @@ pub trait Tap<B: Backend>: Sync {
         Ok(())
     }
 
+    /// Whether [`Tap::gates`] is wanted (the two are kept apart for it).
+    fn wants_gates(&self) -> bool {
+        false
+    }
+
+    /// What a gated MLP's gate and up projections gave for a chunk of rows, before the activation, `[rows, inner]` each;
+    /// `down` is the site that `silu(gate) ⊙ up` enters. Otherwise as [`Tap::rows`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Tap::rows`].
+    fn gates(&self, _layer: usize, _down: Site, _gate: &Tensor<B, 2>, _up: &Tensor<B, 2>, _routed: Option<&Routed>) -> Result<()> {
+        Ok(())
+    }
+
     /// All rows of this site have been seen. Called for every site that is wanted, also where no row came.
     ///
     /// # Errors

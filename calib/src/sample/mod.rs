@@ -4,6 +4,7 @@
 //! `samples` are shared out evenly over the texts, the first ones taking one more where that does not come out even; the
 //! sampler chooses among a text's windows, and the texts' samples are interleaved. Everything is seeded and the order is fixed.
 
+pub mod balanced;
 mod random;
 mod sequential;
 
@@ -34,6 +35,21 @@ pub struct Calibrate {
     /// Who chooses the samples.
     #[serde(default)]
     pub sampler: Sampler,
+    /// Keep which experts every token chose, 2 bytes a choice, as `traces-*.safetensors` beside the statistics.
+    #[serde(default)]
+    pub traces: bool,
+    /// Tokens, spread evenly over all samples, that every expert is run on to see how alike experts are (for merging); none
+    /// without it. It reads every expert a second time and holds the layer's experts' outputs for so many tokens.
+    #[serde(default)]
+    pub similarity_tokens: usize,
+}
+
+impl Calibrate {
+    /// The defaults over some files.
+    pub fn over(corpus: Vec<PathBuf>) -> Self {
+        let sampler = Sampler::default();
+        Self { corpus, samples: samples(), tokens: tokens(), seed: 0, sampler, traces: false, similarity_tokens: 0 }
+    }
 }
 
 fn samples() -> usize {
@@ -52,6 +68,9 @@ pub enum Sampler {
     Sequential(sequential::Params),
     /// Windows drawn at random, none twice.
     Random(random::Params),
+    /// Windows that bring every expert of every layer the most tokens of its own, chosen from a larger pool that the model
+    /// is run on first.
+    Balanced(balanced::Params),
 }
 
 impl Default for Sampler {
@@ -66,6 +85,7 @@ impl Sampler {
         match self {
             Self::Sequential(_) => "sequential",
             Self::Random(_) => "random",
+            Self::Balanced(_) => "balanced",
         }
     }
 }
@@ -97,17 +117,24 @@ impl Samples {
         hash.finish()
     }
 
+    /// Some of the samples, in the order given.
+    pub fn only(&self, which: &[usize]) -> Self {
+        let ids = which.iter().map(|&i| self.ids[i].clone()).collect();
+        let domain = which.iter().map(|&i| self.domain[i]).collect();
+        Self { domains: self.domains.clone(), tokens: self.tokens, ids, domain }
+    }
+
     /// Tokens over all samples.
     pub fn total_tokens(&self) -> usize {
         self.ids.len() * self.tokens
     }
 }
 
-/// Draws the samples that `params` ask for.
+/// Draws the samples that `params` ask for, from the texts alone; [`pass::draw`](crate::pass::draw) knows all samplers.
 ///
 /// # Errors
 ///
-/// [`Error::TooSmall`] where there are fewer samples than texts or samples of less than two tokens,
+/// [`Error::SamplerNeedsModel`] for a sampler that runs the model, [`Error::TooSmall`] where there are fewer samples than texts or samples of less than two tokens,
 /// [`Error::TooFewTokens`] for a text with fewer windows than its share.
 pub fn draw(params: &Calibrate, corpus: &Corpus) -> Result<Samples> {
     let Calibrate { samples, tokens, seed, .. } = *params;
@@ -118,17 +145,40 @@ pub fn draw(params: &Calibrate, corpus: &Corpus) -> Result<Samples> {
         .iter()
         .enumerate()
         .map(|(i, text)| {
-            let windows = windows(text, tokens, share(samples, texts.len(), i))?;
             let take = share(samples, texts.len(), i);
+            let windows = windows_of(text, tokens, take)?;
             let picks = match &params.sampler {
                 Sampler::Sequential(_) => sequential::pick(windows.len(), take),
                 Sampler::Random(_) => random::pick(windows.len(), take, seed, i as u64),
+                Sampler::Balanced(_) => return Err(Error::SamplerNeedsModel { sampler: "balanced" }),
             };
             Ok(picks.into_iter().map(|w| windows[w]).collect())
         })
         .collect::<Result<_>>()?;
     let domains = texts.iter().map(|t| t.domain.clone()).collect();
     Ok(interleave(domains, tokens, &chosen))
+}
+
+/// The pool that a sampler chooses from: `times` as many windows of each text as its share of the samples, or all of them,
+/// spread evenly.
+///
+/// # Errors
+///
+/// As [`draw`].
+pub(crate) fn pool(params: &Calibrate, corpus: &Corpus, times: usize) -> Result<Samples> {
+    let Calibrate { samples, tokens, .. } = *params;
+    let texts = corpus.texts();
+    at_least("calibrate.tokens", tokens, 2)?;
+    at_least("calibrate.samples", samples, texts.len())?;
+    at_least("calibrate.sampler.balanced.pool", times, 1)?;
+    let mut chosen: Vec<Vec<&[u32]>> = Vec::with_capacity(texts.len());
+    for (i, text) in texts.iter().enumerate() {
+        let share = share(samples, texts.len(), i);
+        let windows = windows_of(text, tokens, share)?;
+        let take = windows.len().min(share.saturating_mul(times));
+        chosen.push(sequential::pick(windows.len(), take).into_iter().map(|w| windows[w]).collect());
+    }
+    Ok(interleave(texts.iter().map(|t| t.domain.clone()).collect(), tokens, &chosen))
 }
 
 fn at_least(what: &'static str, value: usize, least: usize) -> Result<()> {
@@ -141,7 +191,7 @@ fn share(samples: usize, texts: usize, index: usize) -> usize {
 }
 
 /// All windows of a text's calibration part.
-fn windows(text: &Text, window: usize, asked: usize) -> Result<Vec<&[u32]>> {
+fn windows_of(text: &Text, window: usize, asked: usize) -> Result<Vec<&[u32]>> {
     let ids = text.calibration();
     if ids.len() / window < asked {
         let path = text.path.clone();
@@ -172,7 +222,7 @@ mod tests {
     }
 
     fn params(samples: usize, tokens: usize, sampler: Sampler) -> Calibrate {
-        Calibrate { corpus: vec![], samples, tokens, seed: 7, sampler }
+        Calibrate { samples, tokens, seed: 7, sampler, ..Calibrate::over(vec![]) }
     }
 
     #[test]

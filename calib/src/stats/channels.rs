@@ -2,6 +2,7 @@
 
 use ndarray::Array1;
 
+use super::fields::{Fields, Stored};
 use super::same;
 use crate::Result;
 
@@ -49,6 +50,21 @@ impl ChannelSums {
         self.squares += &other.squares;
         self.weighted += &other.weighted;
         Ok(())
+    }
+}
+
+impl Stored for ChannelSums {
+    fn write(&self, at: &str, to: &mut Fields) {
+        to.put(format!("{at}tokens"), &Array1::from_elem(1, self.tokens));
+        to.put(format!("{at}squares"), &self.squares);
+        to.put(format!("{at}weighted"), &self.weighted);
+    }
+
+    fn read(at: &str, from: &Fields) -> Option<Self> {
+        let tokens: Array1<u64> = from.get(&format!("{at}tokens"))?;
+        let read =
+            Self { tokens: *tokens.first()?, squares: from.get(&format!("{at}squares"))?, weighted: from.get(&format!("{at}weighted"))? };
+        (read.squares.len() == read.weighted.len()).then_some(read)
     }
 }
 

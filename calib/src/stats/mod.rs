@@ -5,13 +5,18 @@
 //! samples. What is kept per domain has one row for each text of the corpus.
 //!
 //! [`RouterSums`]: what the router chose and with what weight. [`OutputSums`]: what the experts' outputs were.
-//! [`ChannelSums`]: the size of each input channel of each Linear matrix. [`Moment`]: `Σ x xᵀ` of one site, which is made,
+//! [`BlockSums`]: what the block changes. [`ChannelSums`]: the size of each input channel of each Linear matrix.
+//! [`GateSums`]: what an error before the activation weighs behind it. [`Similarity`]: how alike experts are. [`Moment`]: `Σ x xᵀ` of one site, which is made,
 //! used and dropped within a layer, because all of a model's are too large to be files. [`store`]: the rest as files.
 
+mod block;
 mod channels;
+mod fields;
+mod gates;
 mod moment;
 mod outputs;
 mod router;
+mod similarity;
 pub mod store;
 
 use std::collections::BTreeMap;
@@ -19,32 +24,53 @@ use std::collections::BTreeMap;
 use crate::arch::{Attention, Mlp, Site, Spec};
 use crate::{Error, Result};
 
+pub use block::{BlockSums, cosine};
 pub use channels::ChannelSums;
+pub use gates::GateSums;
 pub use moment::Moment;
 pub use outputs::{OutputChunk, OutputSums};
-pub use router::RouterSums;
+pub use router::{RouterSums, imbalance};
+pub use similarity::Similarity;
 pub use store::{Manifest, Part, Store};
 
 /// The statistics of one decoder layer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerStats {
-    /// The router's choices, where the layer has one.
-    pub router: Option<RouterSums>,
-    /// The experts' outputs, where the layer has experts.
-    pub outputs: Option<OutputSums>,
+    /// What a layer of experts has beside.
+    pub experts: Option<ExpertStats>,
     /// Input channels of every site.
     pub channels: BTreeMap<Site, ChannelSums>,
+    /// The gates of every MLP, by the site that its product enters.
+    pub gates: BTreeMap<Site, GateSums>,
+}
+
+/// The statistics of a layer's routed experts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertStats {
+    /// The router's choices.
+    pub router: RouterSums,
+    /// The experts' outputs.
+    pub outputs: OutputSums,
+    /// What the block changes.
+    pub block: BlockSums,
+    /// How alike the experts are, where it was asked for.
+    pub similarity: Option<Similarity>,
 }
 
 impl LayerStats {
     /// Nothing seen yet of this layer.
     pub fn new(spec: &Spec, layer: usize, domains: usize) -> Self {
-        let moe = spec.moe(layer);
-        Self {
-            router: moe.map(|m| RouterSums::new(domains, m.experts)),
-            outputs: moe.map(|m| OutputSums::new(domains, m.experts, spec.hidden)),
-            channels: sites(spec, layer).into_iter().map(|(site, width)| (site, ChannelSums::new(width))).collect(),
-        }
+        let before = layer.checked_sub(1).and_then(|before| spec.moe(before)).map(|moe| moe.experts);
+        let experts = spec.moe(layer).map(|moe| ExpertStats {
+            router: RouterSums::new(domains, moe.experts, before),
+            outputs: OutputSums::new(domains, moe.experts, spec.hidden),
+            block: BlockSums::new(domains),
+            similarity: None,
+        });
+        let sites = sites(spec, layer);
+        let down = |site: &Site| matches!(site, Site::DenseDown | Site::SharedDown | Site::ExpertDown(_));
+        let gates = sites.iter().filter(|(site, _)| down(site)).map(|&(site, width)| (site, GateSums::new(width))).collect();
+        Self { experts, channels: sites.into_iter().map(|(site, width)| (site, ChannelSums::new(width))).collect(), gates }
     }
 
     /// Adds the same layer's statistics over other tokens.
@@ -53,34 +79,37 @@ impl LayerStats {
     ///
     /// [`Error::StatsDiffer`] where the two are not of one model and one list of domains.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
-        if !self.channels.keys().eq(other.channels.keys()) {
+        if !self.channels.keys().eq(other.channels.keys()) || !self.gates.keys().eq(other.gates.keys()) {
             return Err(Error::StatsDiffer { what: "sites", ours: self.channels.len(), theirs: other.channels.len() });
         }
-        match (&mut self.router, &other.router) {
+        match (&mut self.experts, &other.experts) {
             (Some(ours), Some(theirs)) => ours.merge(theirs)?,
-            (None, None) => {}
-            _ => return Err(Error::StatsDiffer { what: "routers", ours: self.router.iter().len(), theirs: other.router.iter().len() }),
+            (ours, theirs) => same("routers", ours.iter().len(), theirs.iter().len())?,
         }
-        match (&mut self.outputs, &other.outputs) {
-            (Some(ours), Some(theirs)) => ours.merge(theirs)?,
-            (None, None) => {}
-            _ => {
-                return Err(Error::StatsDiffer {
-                    what: "expert outputs",
-                    ours: self.outputs.iter().len(),
-                    theirs: other.outputs.iter().len(),
-                });
-            }
-        }
+        self.gates.values_mut().zip(other.gates.values()).try_for_each(|(ours, theirs)| ours.merge(theirs))?;
         self.channels.values_mut().zip(other.channels.values()).try_for_each(|(ours, theirs)| ours.merge(theirs))
     }
 
     /// The same statistics with domain `d` as domain `to[d]` of `domains`.
     pub fn with_domains(&self, to: &[usize], domains: usize) -> Self {
-        Self {
-            router: self.router.as_ref().map(|r| r.with_domains(to, domains)),
-            outputs: self.outputs.as_ref().map(|o| o.with_domains(to, domains)),
-            channels: self.channels.clone(),
+        let experts = self.experts.as_ref().map(|experts| ExpertStats {
+            router: experts.router.with_domains(to, domains),
+            outputs: experts.outputs.with_domains(to, domains),
+            block: experts.block.with_domains(to, domains),
+            similarity: experts.similarity.clone(),
+        });
+        Self { experts, ..self.clone() }
+    }
+}
+
+impl ExpertStats {
+    fn merge(&mut self, other: &Self) -> Result<()> {
+        self.router.merge(&other.router)?;
+        self.outputs.merge(&other.outputs)?;
+        self.block.merge(&other.block)?;
+        match (&mut self.similarity, &other.similarity) {
+            (Some(ours), Some(theirs)) => ours.merge(theirs),
+            (ours, theirs) => same("similarity matrices", ours.iter().len(), theirs.iter().len()),
         }
     }
 }
@@ -130,11 +159,20 @@ mod tests {
     #[test]
     fn layers_of_different_models_do_not_add_up() {
         let mut dense = LayerStats::default();
-        let sparse = LayerStats { router: Some(RouterSums::new(1, 2)), ..Default::default() };
+        let experts = ExpertStats {
+            router: RouterSums::new(1, 2, None),
+            outputs: OutputSums::new(1, 2, 3),
+            block: BlockSums::new(1),
+            similarity: None,
+        };
+        let alike = ExpertStats { similarity: Some(Similarity::new(2)), ..experts.clone() };
+        let mut sparse = LayerStats { experts: Some(experts), ..Default::default() };
         let error = dense.merge(&sparse).unwrap_err().to_string();
         assert!(error.contains("0 and 1 routers"), "{error}");
         let other = LayerStats { channels: [(Site::AttentionIn, ChannelSums::new(3))].into(), ..Default::default() };
         assert!(dense.merge(&other).is_err());
+        let alike = LayerStats { experts: Some(alike), ..Default::default() };
+        assert!(sparse.merge(&alike).unwrap_err().to_string().contains("0 and 1 similarity matrices"));
     }
 
     #[test]

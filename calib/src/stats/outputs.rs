@@ -1,10 +1,13 @@
 //! What the routed experts' outputs `F_e(x_t)` were, before their routing weight `g`.
 //!
 //! `weighted / counts` is REAP's saliency (arXiv 2510.13999: the mean of `g · ‖F‖` over the tokens routed to the expert),
-//! `norms` its EAN criterion, `outputs / counts` the mean output that merging aligns experts by.
+//! `norms` its EAN criterion, `outputs / counts` the mean output that merging aligns experts by. `importance` is EASY-EP's
+//! (specs: methods 4.1): `Σ_t g ‖F‖ · s_t` with `s_t = max(0, 1 − cos(h_t, h_t + Σ_i g_i F_i))`, `h` the residual stream
+//! before the block and only routed experts in the sum.
 
 use ndarray::{Array1, Array2};
 
+use super::fields::{Fields, Stored};
 use super::{same, spread};
 use crate::Result;
 
@@ -21,10 +24,43 @@ pub struct OutputSums {
     pub weighted: Array2<f64>,
     /// `g² · ‖F‖₂²`: the expert's energy in the block's output, `[domains, experts]`.
     pub weighted2: Array2<f64>,
+    /// `g · ‖F‖₂ · s`, `[domains, experts]`.
+    pub importance: Array2<f64>,
     /// `F` itself, `[experts, hidden]`.
     pub outputs: Array2<f64>,
     /// Largest magnitude of an element of `F`, `[experts]`. A maximum.
     pub peaks: Array1<f64>,
+}
+
+impl Stored for OutputSums {
+    fn write(&self, at: &str, to: &mut Fields) {
+        to.put(format!("{at}counts"), &self.counts);
+        for (name, sums) in [("norms", &self.norms), ("norms2", &self.norms2), ("weighted", &self.weighted), ("weighted2", &self.weighted2)]
+        {
+            to.put(format!("{at}{name}"), sums);
+        }
+        to.put(format!("{at}importance"), &self.importance);
+        to.put(format!("{at}outputs"), &self.outputs);
+        to.put(format!("{at}peaks"), &self.peaks);
+    }
+
+    fn read(at: &str, from: &Fields) -> Option<Self> {
+        let sums = |name: &str| from.get::<f64, _>(&format!("{at}{name}"));
+        let read = Self {
+            counts: from.get(&format!("{at}counts"))?,
+            norms: sums("norms")?,
+            norms2: sums("norms2")?,
+            weighted: sums("weighted")?,
+            weighted2: sums("weighted2")?,
+            importance: sums("importance")?,
+            outputs: sums("outputs")?,
+            peaks: from.get(&format!("{at}peaks"))?,
+        };
+        let dim = read.counts.dim();
+        let per_domain = [&read.norms, &read.norms2, &read.weighted, &read.weighted2, &read.importance];
+        let whole = per_domain.iter().all(|sums| sums.dim() == dim) && read.outputs.nrows() == dim.1 && read.peaks.len() == dim.1;
+        whole.then_some(read)
+    }
 }
 
 /// Sums over a chunk of one expert's rows, made before they are added.
@@ -34,6 +70,8 @@ pub struct OutputChunk {
     domains: Vec<(u64, [f64; 4])>,
     outputs: Vec<f64>,
     peak: f32,
+    /// `g · ‖F‖` of each row.
+    contributions: Vec<f64>,
 }
 
 impl OutputSums {
@@ -41,7 +79,7 @@ impl OutputSums {
     pub fn new(domains: usize, experts: usize, hidden: usize) -> Self {
         let zeros = || Array2::zeros((domains, experts));
         let (counts, outputs, peaks) = (Array2::zeros((domains, experts)), Array2::zeros((experts, hidden)), Array1::zeros(experts));
-        Self { counts, norms: zeros(), norms2: zeros(), weighted: zeros(), weighted2: zeros(), outputs, peaks }
+        Self { counts, norms: zeros(), norms2: zeros(), weighted: zeros(), weighted2: zeros(), importance: zeros(), outputs, peaks }
     }
 
     /// Adds rows of one expert.
@@ -78,6 +116,7 @@ impl OutputSums {
         self.norms2 += &other.norms2;
         self.weighted += &other.weighted;
         self.weighted2 += &other.weighted2;
+        self.importance += &other.importance;
         self.outputs += &other.outputs;
         self.peaks.zip_mut_with(&other.peaks, |ours, &theirs| *ours = ours.max(theirs));
         Ok(())
@@ -90,6 +129,7 @@ impl OutputSums {
             norms2: spread(&self.norms2, to, domains),
             weighted: spread(&self.weighted, to, domains),
             weighted2: spread(&self.weighted2, to, domains),
+            importance: spread(&self.importance, to, domains),
             outputs: self.outputs.clone(),
             peaks: self.peaks.clone(),
         }
@@ -100,12 +140,13 @@ impl OutputChunk {
     /// Sums over `rows`, `[weights.len(), hidden]` row by row; `domain` gives the domain of each row.
     pub fn of(rows: &[f32], weights: &[f32], domains: usize, domain: impl Fn(usize) -> usize) -> Self {
         let hidden = rows.len() / weights.len().max(1);
-        let mut chunk = Self { domains: vec![(0, [0.0; 4]); domains], outputs: vec![0.0; hidden], peak: 0.0 };
+        let mut chunk = Self { domains: vec![(0, [0.0; 4]); domains], outputs: vec![0.0; hidden], peak: 0.0, contributions: vec![] };
         for (i, (row, &weight)) in rows.chunks_exact(hidden.max(1)).zip(weights).enumerate() {
             let norm2: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             let (norm, weight) = (norm2.sqrt(), f64::from(weight));
             let (count, sums) = &mut chunk.domains[domain(i)];
             *count += 1;
+            chunk.contributions.push(weight * norm);
             for (sum, term) in sums.iter_mut().zip([norm, norm2, weight * norm, weight * weight * norm2]) {
                 *sum += term;
             }
@@ -115,6 +156,11 @@ impl OutputChunk {
             }
         }
         chunk
+    }
+
+    /// `g · ‖F‖` of each row.
+    pub fn contributions(&self) -> &[f64] {
+        &self.contributions
     }
 }
 

@@ -3,6 +3,7 @@
 
 use ndarray::{Array1, Array2};
 
+use super::fields::{Fields, Stored};
 use super::{same, spread};
 use crate::Result;
 use crate::forward::Routing;
@@ -23,18 +24,32 @@ pub struct RouterSums {
     pub weights: Array2<f64>,
     /// Their squares, `[domains, experts]`.
     pub weights2: Array2<f64>,
+    /// Tokens that chose both experts, `[experts, experts]`, symmetric, on the diagonal those that chose the one.
+    pub pairs: Array2<u64>,
+    /// Tokens that chose expert `i` in the layer before and `j` in this one, `[experts before, experts]`; absent where the
+    /// layer before has no experts.
+    pub transitions: Option<Array2<u64>>,
 }
 
 impl RouterSums {
-    /// Nothing seen.
-    pub fn new(domains: usize, experts: usize) -> Self {
+    /// Nothing seen; `before`: experts of the layer before, if it has any.
+    pub fn new(domains: usize, experts: usize, before: Option<usize>) -> Self {
         let zeros = || Array2::zeros((domains, experts));
-        let counts = Array2::zeros((domains, experts));
-        Self { tokens: Array1::zeros(domains), counts, logits: zeros(), mass: zeros(), weights: zeros(), weights2: zeros() }
+        Self {
+            tokens: Array1::zeros(domains),
+            counts: Array2::zeros((domains, experts)),
+            logits: zeros(),
+            mass: zeros(),
+            weights: zeros(),
+            weights2: zeros(),
+            pairs: Array2::zeros((experts, experts)),
+            transitions: before.map(|before| Array2::zeros((before, experts))),
+        }
     }
 
-    /// Adds one batch; `domain` gives a row's domain by its number over all samples.
-    pub fn add(&mut self, routing: &Routing, domain: impl Fn(usize) -> usize) {
+    /// Adds one batch; `domain` gives a row's domain by its number over all samples, `before` are the layer before's choices
+    /// of all rows, `[rows, top_k before]`.
+    pub fn add(&mut self, routing: &Routing, domain: impl Fn(usize) -> usize, before: Option<&Array2<u16>>) {
         let Routing { first, experts, top_k, .. } = *routing;
         let chosen = routing.chosen.chunks_exact(top_k).zip(routing.weights.chunks_exact(top_k));
         for (row, ((chosen, weights), logits)) in chosen.zip(routing.logits.chunks_exact(experts)).enumerate() {
@@ -50,6 +65,12 @@ impl RouterSums {
                 self.mass[at] += exp(logits[expert as usize]) / all;
                 self.weights[at] += f64::from(weight);
                 self.weights2[at] += f64::from(weight) * f64::from(weight);
+                chosen.iter().for_each(|&other| self.pairs[(expert as usize, other as usize)] += 1);
+            }
+            if let (Some(transitions), Some(before)) = (&mut self.transitions, before) {
+                for &from in before.row(first + row) {
+                    chosen.iter().for_each(|&to| transitions[(usize::from(from), to as usize)] += 1);
+                }
             }
         }
     }
@@ -79,6 +100,12 @@ impl RouterSums {
         self.mass += &other.mass;
         self.weights += &other.weights;
         self.weights2 += &other.weights2;
+        self.pairs += &other.pairs;
+        let before = |sums: &Self| sums.transitions.as_ref().map_or(0, Array2::nrows);
+        same("experts of the layer before", before(self), before(other))?;
+        if let (Some(ours), Some(theirs)) = (&mut self.transitions, &other.transitions) {
+            *ours += theirs;
+        }
         Ok(())
     }
 
@@ -92,7 +119,44 @@ impl RouterSums {
             mass: spread(&self.mass, to, domains),
             weights: spread(&self.weights, to, domains),
             weights2: spread(&self.weights2, to, domains),
+            pairs: self.pairs.clone(),
+            transitions: self.transitions.clone(),
         }
+    }
+}
+
+impl Stored for RouterSums {
+    fn write(&self, at: &str, to: &mut Fields) {
+        to.put(format!("{at}tokens"), &self.tokens);
+        to.put(format!("{at}counts"), &self.counts);
+        for (name, sums) in [("logits", &self.logits), ("mass", &self.mass), ("weights", &self.weights), ("weights2", &self.weights2)] {
+            to.put(format!("{at}{name}"), sums);
+        }
+        to.put(format!("{at}pairs"), &self.pairs);
+        if let Some(transitions) = &self.transitions {
+            to.put(format!("{at}transitions"), transitions);
+        }
+    }
+
+    fn read(at: &str, from: &Fields) -> Option<Self> {
+        let sums = |name: &str| from.get::<f64, _>(&format!("{at}{name}"));
+        let read = Self {
+            tokens: from.get(&format!("{at}tokens"))?,
+            counts: from.get(&format!("{at}counts"))?,
+            logits: sums("logits")?,
+            mass: sums("mass")?,
+            weights: sums("weights")?,
+            weights2: sums("weights2")?,
+            pairs: from.get(&format!("{at}pairs"))?,
+            transitions: from.get(&format!("{at}transitions")),
+        };
+        let (domains, experts) = read.counts.dim();
+        let per_domain = [&read.logits, &read.mass, &read.weights, &read.weights2];
+        let whole = read.tokens.len() == domains
+            && per_domain.iter().all(|sums| sums.dim() == (domains, experts))
+            && read.pairs.dim() == (experts, experts)
+            && read.transitions.as_ref().is_none_or(|t| t.ncols() == experts);
+        whole.then_some(read)
     }
 }
 
@@ -127,8 +191,11 @@ mod tests {
     #[test]
     fn two_rows_by_hand() {
         // Row 0 is of domain 0, row 1 of domain 1.
-        let mut sums = RouterSums::new(2, 3);
-        sums.add(&batch(0), |row| row);
+        let mut sums = RouterSums::new(2, 3, Some(4));
+        let before = array![[3_u16, 0], [3, 1]];
+        sums.add(&batch(0), |row| row, Some(&before));
+        assert_eq!(sums.pairs, array![[1, 0, 1], [0, 1, 1], [1, 1, 2]]);
+        assert_eq!(sums.transitions, Some(array![[1, 0, 1], [0, 1, 1], [0, 0, 0], [1, 1, 2]]));
         assert_eq!(sums.tokens, array![1, 1]);
         assert_eq!(sums.counts, array![[1, 0, 1], [0, 1, 1]]);
         assert!(close(&sums.mass, &array![[0.5, 0.0, 0.25], [0.0, 0.4, 0.5]]), "{}", sums.mass);
@@ -140,16 +207,16 @@ mod tests {
 
     #[test]
     fn halves_add_up_to_the_whole() {
-        let mut whole = RouterSums::new(2, 3);
-        whole.add(&batch(0), |row| row / 2);
-        whole.add(&batch(2), |row| row / 2);
-        let mut first = RouterSums::new(2, 3);
-        first.add(&batch(0), |row| row / 2);
-        let mut second = RouterSums::new(2, 3);
-        second.add(&batch(2), |row| row / 2);
+        let of = |batches: &[usize]| {
+            let mut sums = RouterSums::new(2, 3, None);
+            batches.iter().for_each(|&first| sums.add(&batch(first), |row| row / 2, None));
+            sums
+        };
+        let (whole, mut first, second) = (of(&[0, 2]), of(&[0]), of(&[2]));
         first.merge(&second).unwrap();
         assert_eq!(first, whole);
-        assert!(first.merge(&RouterSums::new(2, 4)).unwrap_err().to_string().contains("3 and 4 experts"));
+        assert!(first.merge(&RouterSums::new(2, 3, Some(2))).is_err());
+        assert!(first.merge(&RouterSums::new(2, 4, None)).unwrap_err().to_string().contains("3 and 4 experts"));
     }
 
     #[test]

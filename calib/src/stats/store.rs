@@ -3,15 +3,15 @@
 //! A layer is finished when its file has its final name, the pass when the manifest exists. Counts are stored as U64, sums
 //! as F64, `[domains, experts]` and `[width]` as the types say; the manifest says which tokens they are sums over.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use ndarray::{Array1, Array2};
+use ndarray::Array2;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::{ChannelSums, LayerStats, OutputSums, RouterSums};
+use super::fields::{Fields, Stored};
+use super::{BlockSums, ExpertStats, LayerStats, OutputSums, RouterSums};
 use crate::arch::Site;
 use crate::{Error, Result};
 
@@ -45,6 +45,10 @@ pub struct Part {
     pub samples: usize,
     /// Tokens a sample.
     pub tokens: usize,
+    /// Tokens that all experts were run on.
+    pub similarity_tokens: usize,
+    /// Whether routing traces were kept.
+    pub traces: bool,
 }
 
 /// A folder of statistics.
@@ -100,15 +104,7 @@ impl Store {
     /// An IO error or [`Error::Statistics`].
     pub fn put(&self, layer: usize, stats: &LayerStats) -> Result<()> {
         let path = self.layer_path(layer);
-        let fields = Fields::of(stats).0;
-        let views: Result<Vec<_>> = fields
-            .iter()
-            .map(|(name, field)| {
-                let view = TensorView::new(field.dtype(), field.shape.clone(), &field.bytes);
-                view.map(|v| (name.as_str(), v)).map_err(|e| invalid(&path, e.to_string()))
-            })
-            .collect();
-        let bytes = safetensors::serialize(views?, None).map_err(|e| invalid(&path, e.to_string()))?;
+        let bytes = fields_of(stats).to_file().map_err(|e| invalid(&path, e.to_string()))?;
         write_whole(&path, |file| file.write_all(&bytes))
     }
 
@@ -119,13 +115,48 @@ impl Store {
     /// An IO error, or [`Error::Statistics`] where the file is not one of these.
     pub fn get(&self, layer: usize) -> Result<LayerStats> {
         let path = self.layer_path(layer);
+        let fields = Fields::from_file(&fs_err::read(&path)?).map_err(|e| invalid(&path, e.to_string()))?;
+        read(&fields).ok_or_else(|| invalid(&path, "a tensor is missing or misshapen".into()))
+    }
+
+    /// Where a layer's routing traces lie.
+    pub fn traces_path(&self, layer: usize) -> PathBuf {
+        self.dir.join(format!("traces-{layer:05}.safetensors"))
+    }
+
+    /// Writes which experts every token of the samples chose in a layer, best first, `[tokens, top_k]`.
+    ///
+    /// # Errors
+    ///
+    /// An IO error or [`Error::Statistics`].
+    pub fn put_traces(&self, layer: usize, chosen: &Array2<u16>) -> Result<()> {
+        let path = self.traces_path(layer);
+        let bytes: Vec<u8> = chosen.iter().flat_map(|e| e.to_le_bytes()).collect();
+        let file = TensorView::new(Dtype::U16, chosen.shape().to_vec(), &bytes).and_then(|v| safetensors::serialize([("chosen", v)], None));
+        let file = file.map_err(|e| invalid(&path, e.to_string()))?;
+        write_whole(&path, |out| out.write_all(&file))
+    }
+
+    /// Reads a layer's routing traces; `None` where none were kept.
+    ///
+    /// # Errors
+    ///
+    /// An IO error, or [`Error::Statistics`] where the file is not one of these.
+    pub fn traces(&self, layer: usize) -> Result<Option<Array2<u16>>> {
+        let path = self.traces_path(layer);
+        if !path.is_file() {
+            return Ok(None);
+        }
         let bytes = fs_err::read(&path)?;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| invalid(&path, e.to_string()))?;
-        let field = |(name, view): (&str, TensorView<'_>)| {
-            let field = Field { count: view.dtype() == Dtype::U64, shape: view.shape().to_vec(), bytes: view.data().to_vec() };
-            (name.to_owned(), field)
-        };
-        Fields(file.iter().map(field).collect()).read().ok_or_else(|| invalid(&path, "a tensor is missing or misshapen".into()))
+        let view = file.tensor("chosen").map_err(|e| invalid(&path, e.to_string()))?;
+        let values = view.data().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+        match view.shape() {
+            &[rows, top_k] if view.dtype() == Dtype::U16 => Array2::from_shape_vec((rows, top_k), values).ok(),
+            _ => None,
+        }
+        .ok_or_else(|| invalid(&path, "`chosen` is not a matrix of U16".into()))
+        .map(Some)
     }
 }
 
@@ -153,141 +184,33 @@ pub(crate) fn write_whole(path: &Path, write: impl FnOnce(&mut dyn Write) -> std
     Ok(())
 }
 
-/// One tensor of a file: counts (U64) or sums (F64), little endian.
-struct Field {
-    count: bool,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
+fn fields_of(stats: &LayerStats) -> Fields {
+    let mut to = Fields::default();
+    if let Some(experts) = &stats.experts {
+        experts.router.write("router.", &mut to);
+        experts.outputs.write("outputs.", &mut to);
+        experts.block.write("block.", &mut to);
+        experts.similarity.iter().for_each(|s| s.write("similarity.", &mut to));
+    }
+    stats.channels.iter().for_each(|(site, sums)| sums.write(&format!("channels.{site}."), &mut to));
+    stats.gates.iter().for_each(|(site, sums)| sums.write(&format!("gates.{site}."), &mut to));
+    to
 }
 
-impl Field {
-    fn dtype(&self) -> Dtype {
-        if self.count { Dtype::U64 } else { Dtype::F64 }
-    }
-}
-
-/// A layer's statistics as named tensors.
-#[derive(Default)]
-struct Fields(BTreeMap<String, Field>);
-
-impl Fields {
-    fn of(stats: &LayerStats) -> Self {
-        let mut to = Self::default();
-        if let Some(r) = &stats.router {
-            to.counts("router.tokens", &[r.tokens.len()], &r.tokens);
-            to.counts("router.counts", r.counts.shape(), &r.counts);
-            for (name, sums) in [("logits", &r.logits), ("mass", &r.mass), ("weights", &r.weights), ("weights2", &r.weights2)] {
-                to.sums(&format!("router.{name}"), sums.shape(), sums);
-            }
-        }
-        if let Some(o) = &stats.outputs {
-            to.counts("outputs.counts", o.counts.shape(), &o.counts);
-            let sums = [
-                ("norms", &o.norms),
-                ("norms2", &o.norms2),
-                ("weighted", &o.weighted),
-                ("weighted2", &o.weighted2),
-                ("outputs", &o.outputs),
-            ];
-            for (name, sums) in sums {
-                to.sums(&format!("outputs.{name}"), sums.shape(), sums);
-            }
-            to.sums("outputs.peaks", &[o.peaks.len()], &o.peaks);
-        }
-        for (site, c) in &stats.channels {
-            to.counts(&format!("channels.{site}.tokens"), &[1], [&c.tokens]);
-            to.sums(&format!("channels.{site}.squares"), &[c.squares.len()], &c.squares);
-            to.sums(&format!("channels.{site}.weighted"), &[c.weighted.len()], &c.weighted);
-        }
-        to
-    }
-
-    fn counts<'a>(&mut self, name: &str, shape: &[usize], values: impl IntoIterator<Item = &'a u64>) {
-        let bytes = values.into_iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.0.insert(name.to_owned(), Field { count: true, shape: shape.to_vec(), bytes });
-    }
-
-    fn sums<'a>(&mut self, name: &str, shape: &[usize], values: impl IntoIterator<Item = &'a f64>) {
-        let bytes = values.into_iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.0.insert(name.to_owned(), Field { count: false, shape: shape.to_vec(), bytes });
-    }
-
-    fn words(&self, name: &str, count: bool) -> Option<(Vec<usize>, Vec<[u8; 8]>)> {
-        let field = self.0.get(name).filter(|f| f.count == count)?;
-        let words = field.bytes.chunks_exact(8).map(|w| w.try_into().ok()).collect::<Option<_>>()?;
-        Some((field.shape.clone(), words))
-    }
-
-    fn count1(&self, name: &str) -> Option<Array1<u64>> {
-        let (_, words) = self.words(name, true)?;
-        Some(words.into_iter().map(u64::from_le_bytes).collect())
-    }
-
-    fn sum1(&self, name: &str) -> Option<Array1<f64>> {
-        let (_, words) = self.words(name, false)?;
-        Some(words.into_iter().map(f64::from_le_bytes).collect())
-    }
-
-    fn count2(&self, name: &str) -> Option<Array2<u64>> {
-        let (shape, words) = self.words(name, true)?;
-        let [rows, columns] = shape[..] else { return None };
-        Array2::from_shape_vec((rows, columns), words.into_iter().map(u64::from_le_bytes).collect()).ok()
-    }
-
-    fn sum2(&self, name: &str) -> Option<Array2<f64>> {
-        let (shape, words) = self.words(name, false)?;
-        let [rows, columns] = shape[..] else { return None };
-        Array2::from_shape_vec((rows, columns), words.into_iter().map(f64::from_le_bytes).collect()).ok()
-    }
-
-    /// The statistics; `None` where a tensor is missing or of another shape.
-    fn read(&self) -> Option<LayerStats> {
-        let has = |prefix: &str| self.0.keys().any(|name| name.starts_with(prefix));
-        let router = if has("router.") { Some(self.router()?) } else { None };
-        let outputs = if has("outputs.") { Some(self.outputs()?) } else { None };
-        let names = self.0.keys().filter_map(|name| name.strip_prefix("channels.")?.strip_suffix(".tokens"));
-        let channels = names.map(|name| Some((site(name)?, self.channels(name)?))).collect::<Option<_>>()?;
-        Some(LayerStats { router, outputs, channels })
-    }
-
-    fn router(&self) -> Option<RouterSums> {
-        let sums = |name: &str| self.sum2(&format!("router.{name}"));
-        let read = RouterSums {
-            tokens: self.count1("router.tokens")?,
-            counts: self.count2("router.counts")?,
-            logits: sums("logits")?,
-            mass: sums("mass")?,
-            weights: sums("weights")?,
-            weights2: sums("weights2")?,
-        };
-        let dim = read.counts.dim();
-        let whole = read.tokens.len() == dim.0 && [&read.logits, &read.mass, &read.weights, &read.weights2].iter().all(|a| a.dim() == dim);
-        whole.then_some(read)
-    }
-
-    fn outputs(&self) -> Option<OutputSums> {
-        let sums = |name: &str| self.sum2(&format!("outputs.{name}"));
-        let read = OutputSums {
-            counts: self.count2("outputs.counts")?,
-            norms: sums("norms")?,
-            norms2: sums("norms2")?,
-            weighted: sums("weighted")?,
-            weighted2: sums("weighted2")?,
-            outputs: sums("outputs")?,
-            peaks: self.sum1("outputs.peaks")?,
-        };
-        let dim = read.counts.dim();
-        let experts = read.outputs.nrows() == dim.1 && read.peaks.len() == dim.1;
-        let whole = experts && [&read.norms, &read.norms2, &read.weighted, &read.weighted2].iter().all(|a| a.dim() == dim);
-        whole.then_some(read)
-    }
-
-    fn channels(&self, site: &str) -> Option<ChannelSums> {
-        let tokens = *self.count1(&format!("channels.{site}.tokens"))?.first()?;
-        let squares = self.sum1(&format!("channels.{site}.squares"))?;
-        let weighted = self.sum1(&format!("channels.{site}.weighted"))?;
-        (squares.len() == weighted.len()).then_some(ChannelSums { tokens, squares, weighted })
-    }
+/// The statistics; `None` where a tensor is missing or of another shape.
+fn read(from: &Fields) -> Option<LayerStats> {
+    let experts = match from.has("router.") {
+        true => Some(ExpertStats {
+            router: RouterSums::read("router.", from)?,
+            outputs: OutputSums::read("outputs.", from)?,
+            block: BlockSums::read("block.", from)?,
+            similarity: from.optional("similarity.")?,
+        }),
+        false => None,
+    };
+    let channels = from.between("channels.", ".tokens").map(|name| Some((site(name)?, Stored::read(&format!("channels.{name}."), from)?)));
+    let gates = from.between("gates.", ".weight").map(|name| Some((site(name)?, Stored::read(&format!("gates.{name}."), from)?)));
+    Some(LayerStats { experts, channels: channels.collect::<Option<_>>()?, gates: gates.collect::<Option<_>>()? })
 }
 
 /// The site of a name, as [`Site`] displays it.
@@ -308,15 +231,20 @@ fn site(name: &str) -> Option<Site> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stats::{ChannelSums, GateSums, OutputChunk, Similarity};
 
     fn stats() -> LayerStats {
-        let mut router = RouterSums::new(2, 3);
-        (router.counts[(1, 2)], router.tokens[1], router.mass[(1, 2)]) = (7, 8, 0.1);
+        let mut router = RouterSums::new(2, 3, Some(2));
+        (router.counts[(1, 2)], router.tokens[1], router.mass[(1, 2)], router.pairs[(0, 1)]) = (7, 8, 0.1, 9);
         let mut outputs = OutputSums::new(2, 3, 4);
-        outputs.add(1, &crate::stats::OutputChunk::of(&[1.0, -2.0, 3.0, 0.5], &[0.3], 2, |_| 1));
+        outputs.add(1, &OutputChunk::of(&[1.0, -2.0, 3.0, 0.5], &[0.3], 2, |_| 1));
+        let mut block = BlockSums::new(2);
+        block.add(1, 0.5, 0.2);
+        let similarity = Some(Similarity { tokens: 4, cosines: Array2::eye(3) });
         let sites = [Site::AttentionIn, Site::SharedDown, Site::ExpertIn(2), Site::ExpertDown(11)];
         let channels = sites.into_iter().enumerate().map(|(i, site)| (site, ChannelSums::of(&[1.5, i as f32], 2, Some(&[0.5])))).collect();
-        LayerStats { router: Some(router), outputs: Some(outputs), channels }
+        let gates = [(Site::ExpertDown(11), GateSums::of(&[0.5, 1.0], &[2.0, 1.0], 2, None))].into();
+        LayerStats { experts: Some(ExpertStats { router, outputs, block, similarity }), channels, gates }
     }
 
     #[test]
@@ -335,11 +263,22 @@ mod tests {
     }
 
     #[test]
+    fn traces_are_kept_beside() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        assert_eq!(store.traces(1).unwrap(), None);
+        let chosen = ndarray::array![[1_u16, 300], [2, 0], [65535, 7]];
+        store.put_traces(1, &chosen).unwrap();
+        assert_eq!(store.traces(1).unwrap(), Some(chosen));
+    }
+
+    #[test]
     fn the_manifest_says_that_the_pass_is_over() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
         assert_eq!(store.manifest().unwrap(), None);
-        let part = Part { corpus: "c".into(), sampler: "random".into(), seed: 3, samples: 4, tokens: 5 };
+        let part =
+            Part { corpus: "c".into(), sampler: "random".into(), seed: 3, samples: 4, tokens: 5, similarity_tokens: 0, traces: false };
         let manifest = Manifest { schema: 1, model: "m".into(), layers: 2, domains: vec!["en".into()], parts: vec![part] };
         store.finish(&manifest).unwrap();
         assert_eq!(store.manifest().unwrap(), Some(manifest));

@@ -80,6 +80,8 @@ fn every_family_comes_back_as_it_was_solved() {
         let outcome = solve(&model, &plan, None, &dir, Device::Cpu, &Quiet).unwrap();
         assert_eq!(outcome.matrices.keys().copied().collect::<Vec<_>>(), [By::Rtn], "{name}");
         let written = write(&model, &plan, &dir, &both(), out.path(), &Quiet).unwrap();
+        // Whatever else a runtime may find: every routed expert is packed, also where an MTP layer's are not.
+        assert!(!written[0].notes.iter().any(|note| note.contains("transformers")), "{name}: {:?}", written[0].notes);
         assert_eq!(written[0].dir, out.path());
         assert_eq!(written[1].dir, out.path().join("dense"));
         let packed = packed::open(out.path(), ExpertRounding::None).unwrap();
@@ -239,7 +241,8 @@ fn work_of_another_plan_is_not_touched() {
 #[test]
 fn what_does_not_fit_is_said_before_any_work() {
     let (model, dir) = (fixture("qwen3_moe"), tempfile::tempdir().unwrap());
-    let refused = |plan: &Plan, samples: Option<&[Vec<u32>]>| solve(&model, plan, samples, dir.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
+    let refused =
+        |plan: &Plan, samples: Option<&[Vec<u32>]>| solve(&model, plan, samples, dir.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
     assert!(refused(&gptq_plan(&model), None).contains("give the samples"));
     fs_err::remove_dir_all(dir.path().join("solved")).unwrap();
     let other = rtn_plan(&fixture("mixtral"));

@@ -56,7 +56,7 @@ pub(super) struct Json {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Show what a checkpoint is: family, layers, experts, parameters, bytes by role
+    /// Show what a checkpoint is: family, layers, experts, parameters, bytes by role; with -v every tensor
     Inspect(InspectArgs),
     /// Find every problem of a recipe, against the model's shape, and do nothing
     Check(RecipeArgs),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use calib::Model;
+use calib::checkpoint::Checkpoint;
 use calib::corpus::{Corpus, Tokenizer};
 use calib::device::Device;
 use calib::evaluate::{Models, Windows, evaluate};
@@ -19,7 +20,7 @@ use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Shape};
 use crate::recipe::{self, Loaded};
 use crate::run::{self, Earlier, Finished, Options, Stage};
-use crate::{Result, dump, report};
+use crate::{Error, Result, dump, report};
 
 /// Does what a command says and gives what is to be printed.
 pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
@@ -95,7 +96,8 @@ fn coverage(loaded: &Loaded, dir: &Path, as_json: bool) -> Result<String> {
     };
     let layers = (0..manifest.layers).map(|layer| store.get(layer)).collect::<calib::Result<Vec<_>>>()?;
     if as_json {
-        let counts = |layer: &calib::stats::LayerStats| layer.router.as_ref().map(|r| r.counts.columns().into_iter().map(|c| c.sum()).collect());
+        let counts =
+            |layer: &calib::stats::LayerStats| layer.router.as_ref().map(|r| r.counts.columns().into_iter().map(|c| c.sum()).collect());
         let counts: Vec<Option<Vec<u64>>> = layers.iter().map(counts).collect();
         return pretty(&json!({ "manifest": manifest, "tokens_by_expert": counts }));
     }
@@ -108,7 +110,10 @@ fn planned(loaded: &Loaded, path: &Path, as_json: bool) -> Result<String> {
         return Ok(fs_err::read_to_string(path)?);
     }
     let shape = Shape::of(&Model::open(loaded.recipe.model.as_deref().unwrap_or(Path::new("")))?);
-    Ok(report::plan(&plan::read(path)?.summary(&shape), path))
+    let plan = plan::read(path)?;
+    let text = report::plan(&plan.summary(&shape), path);
+    let blind = plan.corpus.is_none() && plan.quantizer.as_ref().is_some_and(|q| q.needs_calibration());
+    Ok(if blind { text + "made from the shape alone: which experts no token reaches is not known yet\n" } else { text })
 }
 
 /// The report of a finished output, with what its stages cost.
@@ -126,6 +131,11 @@ fn eval(args: &EvalArgs, device: Device, progress: &dyn Progress) -> Result<Stri
         Some(RoundTo::Bf16) => ExpertRounding::Bf16,
         None => ExpertRounding::None,
     };
+    for dir in [&args.model].into_iter().chain(&args.reference) {
+        if Checkpoint::open(dir)?.is_shape_only() {
+            return Err(Error::ShapeOnly { dir: dir.clone() });
+        }
+    }
     let model = packed::open(&args.model, rounding)?;
     if let (Some(tokens), Some(path)) = (&args.tokens, &args.dump) {
         dump::write(model.as_ref(), &dump::read_ids(tokens)?, device, path)?;

@@ -45,7 +45,8 @@ fn report(invalid: &Invalid, problem: &Problem) -> Report {
     match &problem.span {
         Some(span) => {
             let label = LabeledSpan::new_with_span(None, span.clone());
-            Report::new(diagnostic.with_label(label)).with_source_code(NamedSource::new(invalid.path.to_string_lossy(), invalid.text.clone()))
+            Report::new(diagnostic.with_label(label))
+                .with_source_code(NamedSource::new(invalid.path.to_string_lossy(), invalid.text.clone()))
         }
         None => Report::new(diagnostic),
     }

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use calib::arch::Kind;
 use calib::checkpoint::Declared;
 use calib::tensor::Dtype;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
@@ -108,7 +109,7 @@ fn refusal(tensor: &Tensor, scheme: Scheme) -> Option<String> {
 pub fn quantization_config(tensors: &[Tensor]) -> Value {
     let all: BTreeSet<&str> = tensors.iter().map(Tensor::module).collect();
     let mut schemes: BTreeMap<(bool, Scheme), BTreeSet<&str>> = BTreeMap::new();
-    let routed: BTreeSet<Scheme> = tensors.iter().filter(|t| is_routed(t)).filter_map(Tensor::scheme).collect();
+    let routed: BTreeSet<Scheme> = tensors.iter().filter(|t| t.kind == Kind::Expert).filter_map(Tensor::scheme).collect();
     for tensor in tensors {
         let Some(scheme) = tensor.scheme() else { continue };
         schemes.entry((!routed.contains(&scheme), scheme)).or_default().insert(tensor.module());
@@ -130,11 +131,6 @@ pub fn quantization_config(tensors: &[Tensor]) -> Value {
         "global_compression_ratio": null,
         "version": VERSION,
     })
-}
-
-/// Whether this is a routed expert's tensor, by the word that transformers looks for.
-pub(super) fn is_routed(tensor: &Tensor) -> bool {
-    tensor.name.contains(".experts.")
 }
 
 fn group(scheme: Scheme, targets: &[String]) -> Value {
@@ -167,7 +163,8 @@ fn group(scheme: Scheme, targets: &[String]) -> Value {
 /// Every Linear module that stays as it was (routers, gates, heads, MTP, what was excluded), and the head even where it is tied.
 fn ignored(tensors: &[Tensor], all: &BTreeSet<&str>) -> Vec<String> {
     let linear = |t: &&Tensor| matches!(t.form, Form::Kept(_)) && t.shape.len() == 2 && t.name.ends_with(".weight");
-    let kept: BTreeSet<&str> = tensors.iter().filter(linear).map(Tensor::module).filter(|m| !m.ends_with("embed_tokens")).collect();
+    let embedding = |t: &&Tensor| t.kind == Kind::Embedding || t.name.ends_with("embed_tokens.weight");
+    let kept: BTreeSet<&str> = tensors.iter().filter(linear).filter(|t| !embedding(t)).map(Tensor::module).collect();
     let mut found = targets::targets(&kept, all);
     if !found.iter().any(|t| t == "lm_head") {
         found.insert(0, "lm_head".to_owned());

@@ -19,6 +19,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use calib::arch::Kind;
 use calib::checkpoint::{self, Writer};
 use calib::progress::Progress;
 use calib::tensor::Dtype;
@@ -111,6 +112,8 @@ pub struct Tensor {
     pub name: String,
     /// Original shape.
     pub shape: Vec<usize>,
+    /// What it is to the model.
+    pub kind: Kind,
     /// What becomes of it.
     pub form: Form,
 }
@@ -287,7 +290,8 @@ fn fill(contents: &Contents<'_>, format: &dyn Format, stage: &Path, progress: &d
     writer.finish()?;
     for file in &contents.files {
         let Some(name) = file.file_name() else { continue };
-        fs_err::copy(file, stage.join(name))?;
+        // Not copied: a read-only source would make a read-only output.
+        fs_err::write(stage.join(name), fs_err::read(file)?)?;
     }
     fs_err::write(stage.join("config.json"), format.config(contents)?)?;
     progress.finish();

@@ -6,7 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::compressed_tensors::is_routed;
+use calib::arch::Kind;
+
 use super::{Scheme, Tensor, Zero};
 
 /// One note a runtime and reason; empty if all of them load the output.
@@ -14,13 +15,16 @@ pub fn of(tensors: &[Tensor]) -> Vec<String> {
     if tensors.iter().all(|tensor| tensor.scheme().is_none()) {
         return Vec::new();
     }
-    let routed: Vec<&Tensor> = tensors.iter().filter(|tensor| is_routed(tensor)).collect();
+    let routed: Vec<&Tensor> = tensors.iter().filter(|tensor| tensor.kind == Kind::Expert).collect();
     let schemes: BTreeSet<Option<Scheme>> = routed.iter().map(|tensor| tensor.scheme()).collect();
     let mut found = Vec::new();
     if let Some(dense) = routed.iter().find(|tensor| tensor.scheme().is_none()) {
         found.push(format!("transformers 5 does not load it: it expects every routed expert to be packed, and {} is not", dense.name));
     } else if schemes.len() > 1 {
-        found.push(format!("transformers 5 decodes it wrongly: it knows one scheme for all routed experts, and there are {}", schemes.len()));
+        found.push(format!(
+            "transformers 5 decodes it wrongly: it knows one scheme for all routed experts, and there are {}",
+            schemes.len()
+        ));
     }
     if schemes.iter().flatten().any(|scheme| scheme.zero == Zero::Integer) {
         found.push("transformers 5 decodes it wrongly: it drops the zero points of routed experts".to_owned());
@@ -29,7 +33,9 @@ pub fn of(tensors: &[Tensor]) -> Vec<String> {
         found.push(format!("vLLM does not load it: it takes one scheme a layer, and the experts of {block} differ"));
     }
     if let Some((name, inputs)) = ragged(tensors) {
-        found.push(format!("vLLM does not load it: it cuts rows into words of 32 bits, and the {inputs} inputs of {name} do not fill theirs"));
+        found.push(format!(
+            "vLLM does not load it: it cuts rows into words of 32 bits, and the {inputs} inputs of {name} do not fill theirs"
+        ));
     }
     found
 }
@@ -68,7 +74,7 @@ mod tests {
 
     fn experts(forms: [Form; 4]) -> Vec<Tensor> {
         let names = ["0.mlp.experts.0.up_proj", "0.mlp.experts.1.up_proj", "1.mlp.experts.0.up_proj", "1.mlp.experts.1.up_proj"];
-        let of = |(name, form)| Tensor { name: format!("model.layers.{name}.weight"), shape: vec![32, 64], form };
+        let of = |(name, form)| Tensor { name: format!("model.layers.{name}.weight"), shape: vec![32, 64], kind: Kind::Expert, form };
         names.into_iter().zip(forms).map(of).collect()
     }
 

@@ -105,7 +105,8 @@ mod tests {
     fn a_new_model_takes_the_place_of_an_old_one_and_leaves_the_rest() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path();
-        for (name, text) in [("config.json", "old"), ("model-00001-of-00002.safetensors", "old"), ("notes.md", "mine"), ("tokenizer.json", "old")]
+        for (name, text) in
+            [("config.json", "old"), ("model-00001-of-00002.safetensors", "old"), ("notes.md", "mine"), ("tokenizer.json", "old")]
         {
             fs_err::write(out.join(name), text).unwrap();
         }

@@ -31,7 +31,11 @@ pub fn check(contents: &Contents<'_>, format: &dyn Format, dir: &Path) -> Result
     let opened = Checkpoint::open(dir).map_err(Error::from).and_then(|checkpoint| {
         kept(contents, &checkpoint, &mut problems)?;
         stored(contents, format, &checkpoint, &mut problems)?;
-        if is_packed(checkpoint.config()) { packed(contents, checkpoint, &mut problems) } else { plain(contents, checkpoint, &mut problems) }
+        if is_packed(checkpoint.config()) {
+            packed(contents, checkpoint, &mut problems)
+        } else {
+            plain(contents, checkpoint, &mut problems)
+        }
     });
     if let Err(error) = opened {
         problems.push(error.to_string());

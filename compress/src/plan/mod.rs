@@ -115,7 +115,9 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
     };
     let solved = measured.filter(|_| quantizer.as_ref().is_some_and(Quantizer::needs_calibration));
     let action = |tensor: &Tensor| match (tensor.role, widths.as_ref().and_then(|w| w.chosen.get(&tensor.name)), tensor.quantizable()) {
-        (Role::Buffer, ..) => Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() },
+        (Role::Buffer, ..) => {
+            Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
+        }
         (_, Some(choice), Some((layer, part, _))) => Action::Quantize(quantize(choice, tensor, layer, part, solved)),
         _ => Action::Keep,
     };
@@ -214,7 +216,8 @@ mod tests {
     #[test]
     fn rounding_to_nearest_needs_no_tokens() {
         let plan = make(&recipe("rtn", ""), &shape(), Some(&measured())).unwrap();
-        let planned = plan.tensors.values().filter(|a| matches!(a, Action::Quantize(q) if q.solver == Solver::Planned && q.dead_channels == 0));
+        let planned =
+            plan.tensors.values().filter(|a| matches!(a, Action::Quantize(q) if q.solver == Solver::Planned && q.dead_channels == 0));
         assert_eq!(planned.count(), 4);
     }
 

@@ -108,4 +108,3 @@ pub struct Seen {
     /// Input channels that were zero in every row.
     pub dead: usize,
 }
-

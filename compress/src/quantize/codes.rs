@@ -1,5 +1,8 @@
 //! Codes, scales and zero points while they are being chosen, and the matrix that they become.
 
+// Rows stand side by side in several arrays, and one index names the same row in all of them.
+#![allow(clippy::needless_range_loop)]
+
 use kernels::{QuantizedMatrix, Zeros};
 
 use super::columns::{Columns, LANES, Lane, lane, lane_mut};
@@ -17,6 +20,8 @@ pub(super) struct Codes {
     codes: Vec<u8>,
     /// `[groups, width]`, groups in their own order.
     scales: Vec<f32>,
+    /// One over them, `[groups, width]`.
+    inverses: Vec<f32>,
     /// `[groups, width]`.
     zeros: Vec<f32>,
 }
@@ -24,13 +29,20 @@ pub(super) struct Codes {
 impl Codes {
     pub fn new(columns: &Columns, groups: usize, first: usize) -> Self {
         let width = columns.width;
-        Self { first, width, codes: vec![0; columns.values.len()], scales: vec![0.0; groups * width], zeros: vec![0.0; groups * width] }
+        Self {
+            first,
+            width,
+            codes: vec![0; columns.values.len()],
+            scales: vec![0.0; groups * width],
+            inverses: vec![0.0; groups * width],
+            zeros: vec![0.0; groups * width],
+        }
     }
 
     /// As `other`, without its codes.
     pub fn with_scales(other: &Self) -> Self {
-        let (scales, zeros) = (other.scales.clone(), other.zeros.clone());
-        Self { first: other.first, width: other.width, codes: vec![0; other.codes.len()], scales, zeros }
+        let (scales, inverses, zeros) = (other.scales.clone(), other.inverses.clone(), other.zeros.clone());
+        Self { first: other.first, width: other.width, codes: vec![0; other.codes.len()], scales, inverses, zeros }
     }
 
     /// The first row of the chunk in the matrix.
@@ -38,20 +50,32 @@ impl Codes {
         self.first
     }
 
-    /// What the code at `position` of one row stands for.
-    pub fn value(&self, position: usize, group: usize, row: usize) -> f32 {
-        let at = group * self.width + row;
-        (f32::from(self.codes[position * self.width + row]) - self.zeros[at]) * self.scales[at]
+    /// What the codes of one column stand for.
+    #[inline(always)]
+    pub fn values(&self, column: usize, tile: usize, fit: &Fit) -> Lane {
+        let codes = &self.codes[column * self.width + tile * LANES..][..LANES];
+        let mut back = [0.0; LANES];
+        for l in 0..LANES {
+            back[l] = (f32::from(codes[l]) - fit.zero[l]) * fit.scale[l];
+        }
+        back
     }
 
+    /// Scales and zeros of one group.
     #[inline(always)]
     pub fn fit(&self, group: usize, tile: usize) -> Fit {
-        Fit { scale: *lane(&self.scales, self.width, group, tile), zero: *lane(&self.zeros, self.width, group, tile) }
+        Fit {
+            scale: *lane(&self.scales, self.width, group, tile),
+            inverse: *lane(&self.inverses, self.width, group, tile),
+            zero: *lane(&self.zeros, self.width, group, tile),
+        }
     }
 
+    /// Sets them.
     #[inline(always)]
     pub fn set_fit(&mut self, group: usize, tile: usize, fit: &Fit) {
         *lane_mut(&mut self.scales, self.width, group, tile) = fit.scale;
+        *lane_mut(&mut self.inverses, self.width, group, tile) = fit.inverse;
         *lane_mut(&mut self.zeros, self.width, group, tile) = fit.zero;
     }
 
@@ -59,12 +83,12 @@ impl Codes {
     #[inline(always)]
     pub fn round(&mut self, column: usize, tile: usize, w: &Lane, fit: &Fit, top: f32) -> Lane {
         let stored = &mut self.codes[column * self.width + tile * LANES..][..LANES];
+        let codes = fit.codes(w, top);
         let mut back = [0.0; LANES];
         for l in 0..LANES {
-            let u = grid::code(w[l], 1.0 / fit.scale[l], fit.zero[l], top);
-            // A whole number from 0 to 255 by construction.
-            stored[l] = u as i32 as u8;
-            back[l] = (u - fit.zero[l]) * fit.scale[l];
+            // 0 to 255 by construction; the sum's lowest bits are the number, without the checks of a conversion.
+            stored[l] = (codes[l] + grid::ROUND).to_bits() as u8;
+            back[l] = (codes[l] - fit.zero[l]) * fit.scale[l];
         }
         back
     }
@@ -92,14 +116,21 @@ pub(super) fn assemble(chunks: &[Codes], outputs: usize, order: &[usize], group_
     let mut scales = vec![0.0; outputs * groups];
     let mut zeros = vec![0.0; outputs * groups];
     for chunk in chunks {
-        for row in chunk.first..outputs.min(chunk.first + chunk.width) {
-            let (codes, at) = (&mut codes[row * inputs..], row - chunk.first);
+        let rows = chunk.width.min(outputs - chunk.first);
+        for first in (0..rows).step_by(LANES) {
+            let lanes = first..rows.min(first + LANES);
+            let codes = &mut codes[(chunk.first + first) * inputs..];
             for (position, &column) in order.iter().enumerate() {
-                codes[column] = chunk.codes[position * chunk.width + at];
+                let from = &chunk.codes[position * chunk.width + first..][..lanes.len()];
+                for (row, &code) in from.iter().enumerate() {
+                    codes[row * inputs + column] = code;
+                }
             }
+        }
+        for row in 0..rows {
             for group in 0..groups {
-                scales[row * groups + group] = chunk.scales[group * chunk.width + at];
-                zeros[row * groups + group] = chunk.zeros[group * chunk.width + at];
+                scales[(chunk.first + row) * groups + group] = chunk.scales[group * chunk.width + row];
+                zeros[(chunk.first + row) * groups + group] = chunk.zeros[group * chunk.width + row];
             }
         }
     }

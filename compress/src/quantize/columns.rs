@@ -4,9 +4,13 @@
 //! row of a chunk goes through the columns at the same time. A chunk that ends inside a vector is padded with rows of zeros,
 //! which nobody reads.
 
+// Rows stand side by side in several arrays, and one index names the same row in all of them.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
-use ndarray::ArrayView2;
+use kernels::simd::widest;
+use ndarray::{ArrayView1, ArrayView2, CowArray, Ix1};
 
 use crate::{Error, Result};
 
@@ -33,11 +37,19 @@ impl Columns {
     pub fn gather(w: ArrayView2<'_, f32>, rows: Range<usize>, order: &[usize]) -> Self {
         let width = rows.len().next_multiple_of(LANES);
         let mut values = vec![0.0; order.len() * width];
-        // By runs of rows, so that the lines which are written stay in the cache while they fill.
-        for first in rows.clone().step_by(LANES) {
+        let padding = vec![0.0; w.ncols()];
+        for tile in 0..width / LANES {
+            // One line is read of each row, and one is written.
+            let lines: [CowArray<'_, f32, Ix1>; LANES] = std::array::from_fn(|l| {
+                let row = rows.start + tile * LANES + l;
+                let line = if row < rows.end { w.row(row) } else { ArrayView1::from(&padding) };
+                if line.as_slice().is_some() { line.into() } else { line.to_owned().into() }
+            });
+            let lines: [&[f32]; LANES] = std::array::from_fn(|l| lines[l].as_slice().unwrap_or(&padding));
             for (position, &column) in order.iter().enumerate() {
-                for row in first..rows.end.min(first + LANES) {
-                    values[position * width + row - rows.start] = w[(row, column)];
+                let lane = lane_mut(&mut values, width, position, tile);
+                for l in 0..LANES {
+                    lane[l] = lines[l][column];
                 }
             }
         }
@@ -75,10 +87,25 @@ pub(super) fn chunks(outputs: usize) -> impl ExactSizeIterator<Item = Range<usiz
 
 /// Refuses a weight that is not finite.
 pub(super) fn check_finite(w: ArrayView2<'_, f32>) -> Result<()> {
-    match w.indexed_iter().find(|(_, value)| !value.is_finite()) {
-        Some(((row, column), &value)) => Err(Error::WeightNotFinite { value, row, column }),
-        None => Ok(()),
+    let clean = |row: ArrayView1<'_, f32>| match row.as_slice() {
+        // Without a way out of the loop, which then runs over whole vectors.
+        Some(row) => {
+            let most = widest(
+                #[inline(always)]
+                || row.iter().fold(0, |most: u32, value| most.max(value.to_bits() & 0x7fff_ffff)),
+            );
+            most < f32::INFINITY.to_bits()
+        }
+        None => row.iter().all(|value| value.is_finite()),
+    };
+    for (row, values) in w.rows().into_iter().enumerate() {
+        if !clean(values)
+            && let Some((column, &value)) = values.iter().enumerate().find(|(_, value)| !value.is_finite())
+        {
+            return Err(Error::WeightNotFinite { value, row, column });
+        }
     }
+    Ok(())
 }
 
 #[test]

@@ -4,11 +4,12 @@
 
 use calib::linalg::{Upper, inverse_factor};
 use kernels::Group;
-use ndarray::Array2;
+use ndarray::{Array2, ArrayView2};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Width;
+use super::columns::check_finite;
 use super::gptq::Params;
 use crate::{Error, Result};
 
@@ -29,7 +30,6 @@ pub enum Order {
 /// A damped second moment, factorized.
 #[derive(Clone, Debug)]
 pub struct Factor {
-    moment: Array2<f32>,
     upper: Upper,
     order: Vec<usize>,
     kind: Order,
@@ -44,11 +44,6 @@ impl Factor {
     /// Inputs.
     pub fn inputs(&self) -> usize {
         self.order.len()
-    }
-
-    /// The second moment as it was measured, `[in, in]`.
-    pub fn moment(&self) -> &Array2<f32> {
-        &self.moment
     }
 
     /// `U` with `UᵀU = (H + λ)⁻¹`, rows and columns in the order of [`Factor::order`].
@@ -105,10 +100,11 @@ impl Factor {
 ///
 /// [`Error::MomentNotFinite`]; [`Error::NoTokens`] for a moment of zeros; [`Error::Damping`] when a damping of 1 is not enough;
 /// [`Error::GroupsDiffer`] when no order keeps all groups together.
-pub fn factorize(h: Array2<f32>, groups: &[Group], params: &Params) -> Result<Factor> {
-    if let Some(((row, column), &value)) = h.indexed_iter().find(|(_, value)| !value.is_finite()) {
-        return Err(Error::MomentNotFinite { value, row, column });
-    }
+pub fn factorize(h: ArrayView2<'_, f32>, groups: &[Group], params: &Params) -> Result<Factor> {
+    check_finite(h).map_err(|error| match error {
+        Error::WeightNotFinite { value, row, column } => Error::MomentNotFinite { value, row, column },
+        other => other,
+    })?;
     let diagonal: Vec<f32> = h.diag().to_vec();
     let dead = diagonal.iter().filter(|&&d| d == 0.0).count();
     let alive = diagonal.len() - dead;
@@ -125,8 +121,8 @@ pub fn factorize(h: Array2<f32>, groups: &[Group], params: &Params) -> Result<Fa
     let mut damping = params.damping;
     loop {
         let lambda = damping * mean;
-        match inverse_factor(permuted(&h, &order, lambda as f32)) {
-            Ok(upper) => return Ok(Factor { moment: h, upper, order, kind: params.order, sizes, damping, lambda, dead }),
+        match inverse_factor(permuted(h, &order, lambda as f32)) {
+            Ok(upper) => return Ok(Factor { upper, order, kind: params.order, sizes, damping, lambda, dead }),
             Err(source) if damping >= 1.0 => return Err(Error::Damping { damping, source }),
             Err(_) => damping = (10.0 * damping).clamp(1e-4, 1.0),
         }
@@ -158,11 +154,14 @@ fn sorted(diagonal: &[f32], start: usize, end: usize, sizes: &[usize]) -> Vec<us
 }
 
 /// `h` with rows and columns in this order and `lambda` on the diagonal.
-fn permuted(h: &Array2<f32>, order: &[usize], lambda: f32) -> Array2<f32> {
+fn permuted(h: ArrayView2<'_, f32>, order: &[usize], lambda: f32) -> Array2<f32> {
     let mut damped = Vec::with_capacity(order.len() * order.len());
     for (position, &row) in order.iter().enumerate() {
         let row = h.row(row);
-        damped.extend(order.iter().map(|&column| row[column]));
+        match row.as_slice() {
+            Some(row) => damped.extend(order.iter().map(|&column| row[column])),
+            None => damped.extend(order.iter().map(|&column| row[column])),
+        }
         damped[position * order.len() + position] += lambda;
     }
     // The length is that of the shape by construction, so the other arm is never taken; it would be refused as singular.
@@ -190,30 +189,30 @@ mod tests {
     fn damping_grows_until_it_serves() {
         // Rank one: [2, 2]ᵀ[2, 2]: the mean diagonal is 4.
         let rank_one = || array![[4.0, 4.0], [4.0, 4.0]];
-        let factor = factorize(rank_one(), &[], &Params { damping: 0.25, ..Params::default() }).unwrap();
+        let factor = factorize(rank_one().view(), &[], &Params { damping: 0.25, ..Params::default() }).unwrap();
         assert_eq!((factor.damping(), factor.lambda()), (0.25, 1.0));
-        let factor = factorize(rank_one(), &[], &Params { damping: 0.0, ..Params::default() }).unwrap();
+        let factor = factorize(rank_one().view(), &[], &Params { damping: 0.0, ..Params::default() }).unwrap();
         assert_eq!(factor.damping(), 1e-4);
         // Eigenvalues 1 and −0.4 need more than 0.4 of the mean, 0.3.
         let wrong = array![[0.3_f32, 0.7], [0.7, 0.3]];
-        assert!(matches!(factorize(wrong, &[], &Params::default()), Err(Error::Damping { damping: 1.0, .. })));
+        assert!(matches!(factorize(wrong.view(), &[], &Params::default()), Err(Error::Damping { damping: 1.0, .. })));
     }
 
     #[test]
     fn dead_inputs_are_counted_and_left_out_of_the_mean() {
-        let factor = factorize(array![[4.0, 0.0], [0.0, 0.0]], &[], &Params { damping: 0.25, ..Params::default() }).unwrap();
+        let factor = factorize(array![[4.0, 0.0], [0.0, 0.0]].view(), &[], &Params { damping: 0.25, ..Params::default() }).unwrap();
         assert_eq!((factor.dead_channels(), factor.lambda()), (1, 1.0));
-        assert!(matches!(factorize(Array2::zeros((3, 3)), &[], &Params::default()), Err(Error::NoTokens)));
+        assert!(matches!(factorize(Array2::zeros((3, 3)).view(), &[], &Params::default()), Err(Error::NoTokens)));
         let infinite = array![[1.0, f32::INFINITY], [f32::INFINITY, 1.0]];
-        assert!(factorize(infinite, &[], &Params::default()).unwrap_err().to_string().contains("inputs 0 and 1 is inf"));
+        assert!(factorize(infinite.view(), &[], &Params::default()).unwrap_err().to_string().contains("inputs 0 and 1 is inf"));
     }
 
     #[test]
     fn group_sizes_that_cannot_share_an_order_are_named() {
         let eye = Array2::eye(12);
         let groups = [Group::Size(4), Group::PerChannel, Group::Size(2)];
-        assert_eq!(factorize(eye.clone(), &groups, &Params::default()).unwrap().sizes, [4, 2]);
-        let error = factorize(eye, &[Group::Size(4), Group::Size(6)], &Params::default()).unwrap_err();
+        assert_eq!(factorize(eye.view(), &groups, &Params::default()).unwrap().sizes, [4, 2]);
+        let error = factorize(eye.view(), &[Group::Size(4), Group::Size(6)], &Params::default()).unwrap_err();
         assert!(error.to_string().contains("4 does not divide 6"), "{error}");
     }
 }

@@ -7,9 +7,13 @@
 //! and the right half; a range of one group has its scales chosen when it is entered, and a range of [`LEAF`] columns goes
 //! column by column. So all but `LEAF / K` of the work is large products. (Blocks of 128 would do the same with more of them.)
 
+// Rows stand side by side in several arrays, and one index names the same row in all of them.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use kernels::QuantizedMatrix;
+use kernels::simd::widest;
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 use schemars::JsonSchema;
@@ -25,8 +29,8 @@ use crate::Result;
 /// Columns that are solved one by one.
 const LEAF: usize = 32;
 
-/// Chunks of rows that are compared with rounding to nearest at the same time.
-const WAVE: usize = 4;
+/// Columns after which the loss of rounding to nearest is looked at.
+const BLOCK: usize = 128;
 
 /// Knobs of GPTQ.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -69,7 +73,7 @@ pub fn gptq(w: ArrayView2<'_, f32>, factor: &Factor, width: &Width, params: &Par
     let (mut solved, losses): (Vec<Codes>, Vec<Squares>) = solved.into_iter().unzip();
     let mut squares = Squares::sum(&losses);
     let mut kept = Kept::Gptq;
-    if let Some(rounded) = job.rounding_below(&solved, squares.errors) {
+    if let Some(rounded) = job.rounding_below(&solved, &losses) {
         let losses: Vec<Squares>;
         (solved, losses) = rounded.into_iter().unzip();
         (squares, kept) = (Squares::sum(&losses), Kept::Rtn);
@@ -139,7 +143,7 @@ impl<'a> Job<'a> {
         self.sweep(0..self.w.ncols(), unit, &mut columns, &mut solve);
         let codes = solve.codes;
         codes.check(rows.len(), self.width)?;
-        let squares = self.squares(&original, &codes, &columns, rows.len());
+        let squares = self.squares(&original, &codes, &columns);
         Ok((codes, squares))
     }
 
@@ -164,7 +168,10 @@ impl<'a> Job<'a> {
             self.carry(range.start..middle, middle..range.end, columns);
             self.unit(middle..range.end, columns, visit);
         } else {
-            kernels::simd::widest(|| self.leaf(range, columns, visit));
+            widest(
+                #[inline(always)]
+                || self.leaf(range, columns, visit),
+            );
         }
     }
 
@@ -181,77 +188,137 @@ impl<'a> Job<'a> {
     fn leaf(&self, range: Range<usize>, columns: &mut Columns, visit: &mut impl Visit) {
         let (upper, width) = (self.factor.upper(), columns.width);
         for tile in 0..columns.tiles() {
-            for j in range.clone() {
+            let mut errors = [[0.0; LANES]; LEAF];
+            for (at, j) in range.clone().enumerate() {
                 let mut w = *lane(&columns.values, width, j, tile);
-                for (i, &u) in range.clone().zip(&upper.column(j)[range.start..j]) {
-                    let e = lane(&columns.values, width, i, tile);
+                for (e, &u) in errors[..at].iter().zip(&upper.column(j)[range.start..]) {
                     for l in 0..LANES {
-                        w[l] -= u * e[l];
+                        w[l] = (-u).mul_add(e[l], w[l]);
                     }
                 }
                 let back = visit.settle(j, tile, &w);
-                let e = lane_mut(&mut columns.values, width, j, tile);
                 for l in 0..LANES {
-                    e[l] = (w[l] - back[l]) * self.pivots[j];
+                    errors[at][l] = (w[l] - back[l]) * self.pivots[j];
                 }
+                *lane_mut(&mut columns.values, width, j, tile) = errors[at];
             }
         }
     }
 
-    /// `‖E‖²` and `‖ΔW‖²` over the first `rows` rows.
-    fn squares(&self, original: &Columns, codes: &Codes, errors: &Columns, rows: usize) -> Squares {
-        let mut squares = Squares::default();
-        for (position, &column) in self.factor.order().iter().enumerate() {
-            let span = position * errors.width..position * errors.width + rows;
-            for (row, (e, w)) in errors.values[span.clone()].iter().zip(&original.values[span]).enumerate() {
-                let off = f64::from(w - codes.value(position, column / self.group_len, row));
-                squares.errors += f64::from(*e).powi(2);
-                squares.changes += off * off;
-            }
-        }
+    /// `‖E‖²` over the columns `range`, a row.
+    fn errors(&self, range: Range<usize>, errors: &Columns) -> Vec<f64> {
+        let mut squares = vec![0.0; errors.width];
+        widest(
+            #[inline(always)]
+            || {
+                for e in errors.values[range.start * errors.width..range.end * errors.width].chunks_exact(errors.width.max(1)) {
+                    for (square, &e) in squares.iter_mut().zip(e) {
+                        *square += f64::from(e) * f64::from(e);
+                    }
+                }
+            },
+        );
         squares
     }
 
-    /// The codes of rounding to nearest on the scales of `solved`, if their loss is not above `loss`.
-    ///
-    /// Losses of rows add up, so it is known to be above as soon as a part of the rows is.
-    fn rounding_below(&self, solved: &[Codes], loss: f64) -> Option<Vec<(Codes, Squares)>> {
-        let mut rounded = Vec::with_capacity(solved.len());
-        let mut total = 0.0;
-        for wave in solved.chunks(WAVE) {
-            let wave: Vec<_> = wave.par_iter().map(|codes| self.round(codes)).collect();
-            total += wave.iter().map(|(_, squares)| squares.errors).sum::<f64>();
-            if total > loss {
-                return None;
-            }
-            rounded.extend(wave);
-        }
-        (total < loss).then_some(rounded)
-    }
-
-    /// Rounding to nearest on the scales of `solved`, and its loss: the same sweep, with `ΔW` given instead of chosen.
-    fn round(&self, solved: &Codes) -> (Codes, Squares) {
-        let rows = solved.first()..self.w.nrows().min(solved.first() + CHUNK);
-        let original = Columns::gather(self.w, rows.clone(), self.factor.order());
-        let mut codes = Codes::with_scales(solved);
-        let mut columns = original.clone();
-        let top = f32::from(self.width.top());
-        kernels::simd::widest(|| {
-            for (position, &column) in self.factor.order().iter().enumerate() {
-                for tile in 0..original.tiles() {
-                    let fit = codes.fit(column / self.group_len, tile);
-                    let w = *original.lane(position, tile);
-                    let back = codes.round(position, tile, &w, &fit, top);
-                    let off = lane_mut(&mut columns.values, original.width, position, tile);
-                    for l in 0..LANES {
-                        off[l] = w[l] - back[l];
+    /// `‖ΔW‖²`, a row.
+    fn changes(&self, original: &Columns, codes: &Codes) -> Vec<f64> {
+        let mut squares = vec![0.0; original.width];
+        widest(
+            #[inline(always)]
+            || {
+                for (position, &column) in self.factor.order().iter().enumerate() {
+                    for tile in 0..original.tiles() {
+                        let w = original.lane(position, tile);
+                        let back = codes.values(position, tile, &codes.fit(column / self.group_len, tile));
+                        let squares = &mut squares[tile * LANES..][..LANES];
+                        for l in 0..LANES {
+                            let off = f64::from(w[l] - back[l]);
+                            squares[l] += off * off;
+                        }
                     }
                 }
+            },
+        );
+        squares
+    }
+
+    /// The codes of rounding to nearest on the scales of `solved`, if their loss is below GPTQ's.
+    ///
+    /// It seldom is, and finding out costs as much as solving. So every fourth chunk of rows is looked at first, and the others
+    /// only where rounding's loss there is less than a tenth above GPTQ's.
+    fn rounding_below(&self, solved: &[Codes], losses: &[Squares]) -> Option<Vec<(Codes, Squares)>> {
+        if solved.len() > 1 {
+            let some: Vec<&Codes> = solved.iter().step_by(4).collect();
+            let loss: f64 = losses.iter().step_by(4).map(|squares| squares.errors).sum();
+            self.rounding(&some, 1.1 * loss)?;
+        }
+        let all: Vec<&Codes> = solved.iter().collect();
+        let rounded = self.rounding(&all, losses.iter().map(|squares| squares.errors).sum())?;
+        let squares = |(codes, errors): (Codes, Columns)| {
+            let original = Columns::gather(self.w, codes.first()..codes.first() + self.rows(&codes), self.factor.order());
+            let squares = self.squares(&original, &codes, &errors);
+            (codes, squares)
+        };
+        Some(rounded.into_iter().map(squares).collect())
+    }
+
+    /// Codes and errors of rounding to nearest on the scales of `solved`, if their loss is below `limit`.
+    ///
+    /// Losses of columns add up in the order of solving, where the first are the cheapest to find: as soon as a part of them is
+    /// above, the whole is.
+    fn rounding(&self, solved: &[&Codes], limit: f64) -> Option<Vec<(Codes, Columns)>> {
+        let mut rounded: Vec<(Codes, Columns)> = solved.par_iter().map(|codes| self.round(codes)).collect();
+        let mut total = 0.0;
+        for start in (0..self.w.ncols()).step_by(BLOCK) {
+            let range = start..self.w.ncols().min(start + BLOCK);
+            let losses: Vec<f64> = rounded
+                .par_iter_mut()
+                .map(|(codes, columns)| {
+                    self.carry(0..range.start, range.clone(), columns);
+                    self.unit(range.clone(), columns, &mut Given);
+                    self.errors(range.clone(), columns)[..self.rows(codes)].iter().sum()
+                })
+                .collect();
+            total += losses.iter().sum::<f64>();
+            if total >= limit {
+                return None;
             }
-        });
-        self.sweep(0..self.w.ncols(), self.w.ncols().max(1), &mut columns, &mut Given);
-        let squares = self.squares(&original, &codes, &columns, rows.len());
-        (codes, squares)
+        }
+        Some(rounded)
+    }
+
+    /// Rows of a chunk that are not padding.
+    fn rows(&self, codes: &Codes) -> usize {
+        CHUNK.min(self.w.nrows() - codes.first())
+    }
+
+    fn squares(&self, original: &Columns, codes: &Codes, errors: &Columns) -> Squares {
+        let sum = |squares: Vec<f64>| squares[..self.rows(codes)].iter().sum();
+        Squares { errors: sum(self.errors(0..self.w.ncols(), errors)), changes: sum(self.changes(original, codes)) }
+    }
+
+    /// Rounding to nearest on the scales of `solved`, and `ΔW`.
+    fn round(&self, solved: &Codes) -> (Codes, Columns) {
+        let mut columns = Columns::gather(self.w, solved.first()..solved.first() + self.rows(solved), self.factor.order());
+        let mut codes = Codes::with_scales(solved);
+        let (top, width) = (f32::from(self.width.top()), columns.width);
+        widest(
+            #[inline(always)]
+            || {
+                for (position, &column) in self.factor.order().iter().enumerate() {
+                    for tile in 0..columns.tiles() {
+                        let fit = codes.fit(column / self.group_len, tile);
+                        let w = lane_mut(&mut columns.values, width, position, tile);
+                        let back = codes.round(position, tile, w, &fit, top);
+                        for l in 0..LANES {
+                            w[l] -= back[l];
+                        }
+                    }
+                }
+            },
+        );
+        (codes, columns)
     }
 }
 
@@ -275,14 +342,17 @@ impl Solve<'_, '_> {
     fn fit(&mut self, group: usize, columns: &Columns) {
         let members = &self.job.members[group * self.job.group_len..][..self.job.group_len];
         let weights: Vec<f32> = members.iter().map(|&position| self.job.weights[position]).collect();
-        kernels::simd::widest(|| {
-            for tile in 0..columns.tiles() {
-                self.values.clear();
-                self.values.extend(members.iter().map(|&position| *columns.lane(position, tile)));
-                let fit = grid::fit(&self.values, &weights, self.job.width, self.job.clips);
-                self.codes.set_fit(group, tile, &fit);
-            }
-        });
+        widest(
+            #[inline(always)]
+            || {
+                for tile in 0..columns.tiles() {
+                    self.values.clear();
+                    self.values.extend(members.iter().map(|&position| *columns.lane(position, tile)));
+                    let fit = grid::fit(&self.values, &weights, self.job.width, self.job.clips);
+                    self.codes.set_fit(group, tile, &fit);
+                }
+            },
+        );
     }
 }
 
@@ -343,7 +413,7 @@ mod tests {
         // The grid of the row [0.6, 1]: 2 bits, s = 1 / 1.5 as f32, levels −4/3, −2/3, 0, 2/3.
         // Column 0: 0.6 → 2/3, e = (0.6 − 2/3)/√2. Column 1: 1 − e·(−√½) = 1 + (0.6 − 2/3)/2 = 0.9667 → 2/3.
         let w = array![[0.6_f32, 1.0]];
-        let factor = factorize(array![[1.0, 1.0], [1.0, 2.0]], &[], &Params { damping: 0.0, ..params(Order::None, 1) }).unwrap();
+        let factor = factorize(array![[1.0, 1.0], [1.0, 2.0]].view(), &[], &Params { damping: 0.0, ..params(Order::None, 1) }).unwrap();
         let width = Width { bits: 2, group: Group::PerChannel, scale_type: ScaleType::F32, grid: Grid::Sym };
         let solved = gptq(w.view(), &factor, &width, &params(Order::None, 1)).unwrap();
         assert_eq!((solved.matrix.codes, solved.matrix.zeros, solved.matrix.scales), (vec![3, 3], Zeros::Sym, vec![1.0 / 1.5]));
@@ -397,7 +467,7 @@ mod tests {
             for order in [Order::None, Order::Static, Order::Group] {
                 let w = normals(96, 160, seed);
                 let h = moment(kind, 160, seed);
-                let factor = factorize(h.clone(), &[Group::Size(32)], &params(order, 16)).unwrap();
+                let factor = factorize(h.view(), &[Group::Size(32)], &params(order, 16)).unwrap();
                 let solved = gptq(w.view(), &factor, &width(3, 32, Grid::Sym), &params(order, 16)).unwrap();
                 let expected = reference(&w, &h, &factor, &solved.matrix);
                 let off = (solved.loss.damped / expected - 1.0).abs();
@@ -411,7 +481,7 @@ mod tests {
         for order in [Order::None, Order::Static, Order::Group] {
             for grid in [Grid::Sym, Grid::Half, Grid::Asym, Grid::Offset] {
                 let (w, h) = (normals(40, 96, 5), moment(Moment::Correlated, 96, 6));
-                let factor = factorize(h.clone(), &[Group::Size(48)], &params(order, 8)).unwrap();
+                let factor = factorize(h.view(), &[Group::Size(48)], &params(order, 8)).unwrap();
                 let solved = gptq(w.view(), &factor, &width(2, 48, grid), &params(order, 8)).unwrap();
                 solved.matrix.check().unwrap();
                 let (damped, undamped) = (loss_of(&w, &solved.matrix, &h, factor.lambda()), loss_of(&w, &solved.matrix, &h, 0.0));
@@ -429,7 +499,7 @@ mod tests {
                 let mut mean = 0.0;
                 for seed in 0..3 {
                     let (w, h) = (normals(64, 128, seed), moment(kind, 128, 10 + seed));
-                    let factor = factorize(h.clone(), &[Group::Size(64)], &Params::default()).unwrap();
+                    let factor = factorize(h.view(), &[Group::Size(64)], &Params::default()).unwrap();
                     let width = width(bits, 64, Grid::Sym);
                     let solved = gptq(w.view(), &factor, &width, &Params::default()).unwrap();
                     let rounded = super::super::rtn::rtn(w.view(), &width, &super::super::rtn::Params { clips: 32 }).unwrap();
@@ -451,7 +521,7 @@ mod tests {
         let mut kept = [0, 0];
         for seed in 0..2000 {
             let (w, h) = (normals(1, 4, seed), moment(Moment::Correlated, 4, seed));
-            let factor = factorize(h.clone(), &[], &Params::default()).unwrap();
+            let factor = factorize(h.view(), &[], &Params::default()).unwrap();
             let width = Width { group: Group::PerChannel, ..width(2, 4, Grid::Sym) };
             let solved = gptq(w.view(), &factor, &width, &Params::default()).unwrap();
             let mut rounded = solved.matrix.clone();
@@ -475,7 +545,7 @@ mod tests {
             h.row_mut(dead).fill(0.0);
             h.column_mut(dead).fill(0.0);
         }
-        let factor = factorize(h, &[Group::Size(32)], &Params::default()).unwrap();
+        let factor = factorize(h.view(), &[Group::Size(32)], &Params::default()).unwrap();
         let solved = gptq(w.view(), &factor, &width(4, 32, Grid::Sym), &Params::default()).unwrap();
         assert_eq!(solved.dead_channels, 2);
         let back = solved.matrix.dequantize();
@@ -493,7 +563,7 @@ mod tests {
         // 300 rows are a chunk and a tail with padding; 72 columns are two leaves and a tail.
         let (w, h) = (normals(300, 72, 9), moment(Moment::Correlated, 72, 10));
         for group in [Group::PerChannel, Group::Size(36), Group::Size(8)] {
-            let factor = factorize(h.clone(), &[group], &Params::default()).unwrap();
+            let factor = factorize(h.view(), &[group], &Params::default()).unwrap();
             let width = Width { group, ..width(3, 8, Grid::Sym) };
             let whole = gptq(w.view(), &factor, &width, &Params::default()).unwrap();
             assert!((whole.loss.damped / loss_of(&w, &whole.matrix, &h, factor.lambda()) - 1.0).abs() < bounds::FACTOR);
@@ -507,7 +577,7 @@ mod tests {
     #[test]
     fn one_factor_serves_every_width() {
         let (w, h) = (normals(32, 128, 11), moment(Moment::Correlated, 128, 12));
-        let factor = factorize(h, &[Group::Size(64), Group::Size(32)], &Params::default()).unwrap();
+        let factor = factorize(h.view(), &[Group::Size(64), Group::Size(32)], &Params::default()).unwrap();
         for group in [Group::Size(64), Group::Size(32), Group::PerChannel] {
             gptq(w.view(), &factor, &Width { group, ..width(2, 1, Grid::Half) }, &Params::default()).unwrap();
         }
@@ -517,7 +587,7 @@ mod tests {
 
     #[test]
     fn wrong_input_is_named() {
-        let factor = factorize(moment(Moment::White, 8, 1), &[], &Params::default()).unwrap();
+        let factor = factorize(moment(Moment::White, 8, 1).view(), &[], &Params::default()).unwrap();
         let solve = |w: Array2<f32>, width: Width| gptq(w.view(), &factor, &width, &Params::default()).unwrap_err().to_string();
         let per_channel = Width { group: Group::PerChannel, ..width(2, 8, Grid::Sym) };
         assert!(solve(Array2::ones((2, 6)), per_channel).contains("8 inputs does not fit a matrix of 6"));
@@ -532,7 +602,7 @@ mod tests {
     #[test]
     fn bits_do_not_depend_on_threads() {
         let (w, h) = (normals(600, 96, 13), moment(Moment::Correlated, 96, 14));
-        let factor = factorize(h, &[Group::Size(32)], &Params::default()).unwrap();
+        let factor = factorize(h.view(), &[Group::Size(32)], &Params::default()).unwrap();
         let solve = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| gptq(w.view(), &factor, &width(2, 32, Grid::Asym), &Params::default()).unwrap())

@@ -17,21 +17,43 @@ use super::{Grid, Width};
 const LEAST_CLIP: f32 = 0.3;
 
 /// Added and taken away again, it rounds a value below 2²² to the nearest whole one, half to even, on any CPU.
-const ROUND: f32 = 12_582_912.0;
+pub(super) const ROUND: f32 = 12_582_912.0;
 
 /// Scale and zero point of one group in each of [`LANES`] rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Fit {
     /// Scales, values of the stored type.
     pub scale: Lane,
+    /// One over them.
+    pub inverse: Lane,
     /// Zero points, in codes.
     pub zero: Lane,
 }
 
-/// The code of one weight, before it is a byte.
+impl Fit {
+    #[inline(always)]
+    pub fn new(scale: Lane, zero: Lane) -> Self {
+        let mut inverse = [0.0; LANES];
+        for l in 0..LANES {
+            inverse[l] = 1.0 / scale[l];
+        }
+        Self { scale, inverse, zero }
+    }
+
+    /// Codes of one column, before they are bytes.
+    #[inline(always)]
+    pub fn codes(&self, w: &Lane, top: f32) -> Lane {
+        let mut codes = [0.0; LANES];
+        for l in 0..LANES {
+            codes[l] = nearest(w[l].mul_add(self.inverse[l], self.zero[l]), top);
+        }
+        codes
+    }
+}
+
+/// The code nearest to `x`: a whole number from 0 to `top`.
 #[inline(always)]
-pub(super) fn code(w: f32, inverse_scale: f32, zero: f32, top: f32) -> f32 {
-    let x = w * inverse_scale + zero;
+fn nearest(x: f32, top: f32) -> f32 {
     // Written so that each is one instruction; NaN becomes 0.
     let x = if x > 0.0 { x } else { 0.0 };
     let x = if x < top { x } else { top };
@@ -73,7 +95,7 @@ struct Best<'a> {
 impl<'a> Best<'a> {
     #[inline(always)]
     fn new(group: &'a [Lane], weights: &'a [f32], width: &Width) -> Self {
-        let fit = Fit { scale: [f32::INFINITY; LANES], zero: [0.0; LANES] };
+        let fit = Fit { scale: [f32::INFINITY; LANES], inverse: [0.0; LANES], zero: [0.0; LANES] };
         Self { group, weights, top: f32::from(width.top()), fit, error: [f32::INFINITY; LANES] }
     }
 
@@ -85,6 +107,7 @@ impl<'a> Best<'a> {
             if error[l] < self.error[l] {
                 self.error[l] = error[l];
                 self.fit.scale[l] = fit.scale[l];
+                self.fit.inverse[l] = fit.inverse[l];
                 self.fit.zero[l] = fit.zero[l];
             }
         }
@@ -93,14 +116,17 @@ impl<'a> Best<'a> {
     /// `Σ_j h_j (w_j − ŵ_j)²`, a row.
     #[inline(always)]
     fn error_of(&self, fit: &Fit) -> Lane {
-        let inverse = fit.scale.map(|s| 1.0 / s);
         let mut error = [0.0; LANES];
         for (w, &h) in self.group.iter().zip(self.weights) {
             for l in 0..LANES {
-                let u = code(w[l], inverse[l], fit.zero[l], self.top);
-                let off = w[l] - (u - fit.zero[l]) * fit.scale[l];
-                error[l] += h * (off * off);
+                // In steps of the scale, which one product brings back at the end.
+                let x = w[l].mul_add(fit.inverse[l], fit.zero[l]);
+                let off = x - nearest(x, self.top);
+                error[l] = (h * off).mul_add(off, error[l]);
             }
+        }
+        for l in 0..LANES {
+            error[l] *= fit.scale[l] * fit.scale[l];
         }
         error
     }
@@ -108,11 +134,11 @@ impl<'a> Best<'a> {
     /// The scale that is best for the codes of the best fit, its zero kept: `Σ h w c / Σ h c²` with `c = u − z`.
     #[inline(always)]
     fn refit_scale(&self, width: &Width) -> Fit {
-        let inverse = self.fit.scale.map(|s| 1.0 / s);
         let (mut wc, mut cc) = ([0.0; LANES], [0.0; LANES]);
         for (w, &h) in self.group.iter().zip(self.weights) {
+            let u = self.fit.codes(w, self.top);
             for l in 0..LANES {
-                let c = code(w[l], inverse[l], self.fit.zero[l], self.top) - self.fit.zero[l];
+                let c = u[l] - self.fit.zero[l];
                 wc[l] += h * (w[l] * c);
                 cc[l] += h * (c * c);
             }
@@ -123,17 +149,17 @@ impl<'a> Best<'a> {
                 scale[l] = wc[l] / cc[l];
             }
         }
-        Fit { scale: stored(scale, width.scale_type), zero: self.fit.zero }
+        Fit::new(stored(scale, width.scale_type), self.fit.zero)
     }
 
     /// Scale and zero that are best for the codes of the best fit: the weighted regression `w ≈ s·u − s·z`.
     #[inline(always)]
     fn refit_line(&self, width: &Width) -> Fit {
-        let inverse = self.fit.scale.map(|s| 1.0 / s);
         let mut sums = [[0.0; LANES]; 5];
         for (w, &h) in self.group.iter().zip(self.weights) {
+            let codes = self.fit.codes(w, self.top);
             for l in 0..LANES {
-                let u = code(w[l], inverse[l], self.fit.zero[l], self.top);
+                let u = codes[l];
                 sums[0][l] += h;
                 sums[1][l] += h * u;
                 sums[2][l] += h * w[l];
@@ -141,16 +167,16 @@ impl<'a> Best<'a> {
                 sums[4][l] += h * (u * w[l]);
             }
         }
-        let mut fit = self.fit;
+        let (mut scale, mut zero) = (self.fit.scale, self.fit.zero);
         for l in 0..LANES {
             let [n, u, w, uu, uw] = [sums[0][l], sums[1][l], sums[2][l], sums[3][l], sums[4][l]];
             let (spread, slope) = (n * uu - u * u, n * uw - u * w);
             if spread > 0.0 && slope > 0.0 {
-                fit.scale[l] = slope / spread;
-                fit.zero[l] = (u - w / fit.scale[l]) / n;
+                scale[l] = slope / spread;
+                zero[l] = (u - w / scale[l]) / n;
             }
         }
-        Fit { scale: stored(fit.scale, width.scale_type), zero: rounded(fit.zero, width.scale_type) }
+        Fit::new(stored(scale, width.scale_type), rounded(zero, width.scale_type))
     }
 }
 
@@ -158,22 +184,33 @@ impl<'a> Best<'a> {
 #[inline(always)]
 fn symmetric(group: &[Lane], weights: &[f32], width: &Width, clips: u16, zero: f32) -> Fit {
     let reach = 1.0 / (f32::from(width.top()) / 2.0);
-    let mut widest = [0.0_f32; LANES];
+    let mut plain = [0.0_f32; LANES];
     for w in group {
         for l in 0..LANES {
-            widest[l] = widest[l].max(w[l].abs());
+            let w = w[l].abs();
+            plain[l] = if w > plain[l] { w } else { plain[l] };
         }
     }
-    let at = |clip: f32| Fit { scale: stored(widest.map(|w| w * reach * clip), width.scale_type), zero: [zero; LANES] };
-    if clips <= 1 {
-        return at(1.0);
+    for l in 0..LANES {
+        plain[l] *= reach;
     }
     let mut best = Best::new(group, weights, width);
-    for clip in shares(clips) {
-        best.offer(&at(clip));
+    if clips > 1 {
+        for clip in shares(clips) {
+            best.offer(&scaled(&plain, clip, zero, width));
+        }
+        best.offer(&best.refit_scale(width));
     }
-    best.offer(&best.refit_scale(width));
-    best.or(at(1.0))
+    best.or(&scaled(&plain, 1.0, zero, width))
+}
+
+#[inline(always)]
+fn scaled(plain: &Lane, clip: f32, zero: f32, width: &Width) -> Fit {
+    let mut scale = [0.0; LANES];
+    for l in 0..LANES {
+        scale[l] = plain[l] * clip;
+    }
+    Fit::new(stored(scale, width.scale_type), [zero; LANES])
 }
 
 /// One bit: the levels are `±s/2`, and `s = 2 Σ h|w| / Σ h` is the best there is.
@@ -189,78 +226,101 @@ fn binary(group: &[Lane], weights: &[f32], width: &Width) -> Fit {
     }
     let count = group.len() as f32;
     let scale = if total > 0.0 { sum.map(|sum| 2.0 * sum / total) } else { plain.map(|sum| 2.0 * sum / count) };
-    Fit { scale: stored(scale, width.scale_type), zero: [0.5; LANES] }
+    Fit::new(stored(scale, width.scale_type), [0.5; LANES])
 }
 
 /// An integer zero, searched together with the scale; the range holds 0.
 #[inline(always)]
 fn asymmetric(group: &[Lane], weights: &[f32], width: &Width, clips: u16) -> Fit {
-    let top = f32::from(width.top());
-    let (low, high) = range(group, [0.0; LANES], [0.0; LANES]);
-    let at = |clip: f32, shift: f32| {
-        let mut scale = low;
-        for l in 0..LANES {
-            scale[l] = (high[l] - low[l]) / top * clip;
-        }
-        let scale = stored(scale, width.scale_type);
-        let mut zero = low;
-        for l in 0..LANES {
-            zero[l] = code(-low[l] * clip, 1.0 / scale[l], shift, top);
-        }
-        Fit { scale, zero }
-    };
-    if clips <= 1 {
-        return at(1.0, 0.0);
-    }
+    let range = Range::of(group, [0.0; LANES], [0.0; LANES]);
     let mut best = Best::new(group, weights, width);
-    for clip in shares(clips) {
-        for shift in [0.0, -1.0, 1.0] {
-            best.offer(&at(clip, shift));
+    if clips > 1 {
+        for clip in shares(clips) {
+            for shift in [0.0, -1.0, 1.0] {
+                best.offer(&range.asymmetric(clip, shift, width));
+            }
         }
+        best.offer(&best.refit_scale(width));
     }
-    best.offer(&best.refit_scale(width));
-    best.or(at(1.0, 0.0))
+    best.or(&range.asymmetric(1.0, 0.0, width))
 }
 
 /// A real zero: the range shrinks around its middle, then scale and zero are fitted to the codes, twice.
 #[inline(always)]
 fn offset(group: &[Lane], weights: &[f32], width: &Width, clips: u16) -> Fit {
-    let top = f32::from(width.top());
-    let (low, high) = range(group, [f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-    let at = |clip: f32| {
-        let (mut scale, mut zero) = (low, low);
+    let range = Range::of(group, [f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    let mut best = Best::new(group, weights, width);
+    if clips > 1 {
+        for clip in shares(clips) {
+            best.offer(&range.offset(clip, width));
+        }
+        for _ in 0..2 {
+            best.offer(&best.refit_line(width));
+        }
+    }
+    best.or(&range.offset(1.0, width))
+}
+
+/// The least and the greatest weight of a group.
+struct Range {
+    low: Lane,
+    high: Lane,
+}
+
+impl Range {
+    #[inline(always)]
+    fn of(group: &[Lane], mut low: Lane, mut high: Lane) -> Self {
+        for w in group {
+            for l in 0..LANES {
+                low[l] = if w[l] < low[l] { w[l] } else { low[l] };
+                high[l] = if w[l] > high[l] { w[l] } else { high[l] };
+            }
+        }
+        Self { low, high }
+    }
+
+    /// A clipped range's steps, and the whole code where zero lies, moved by `shift`.
+    #[inline(always)]
+    fn asymmetric(&self, clip: f32, shift: f32, width: &Width) -> Fit {
+        let top = f32::from(width.top());
+        let (mut scale, mut zero) = ([0.0; LANES], [0.0; LANES]);
         for l in 0..LANES {
-            // A zero point that lies thousands of codes away would lose the digits it has for the group's own width.
-            let far = low[l].abs().max(high[l].abs()) / 2048.0;
-            scale[l] = ((high[l] - low[l]) / top * clip).max(far);
+            scale[l] = (self.high[l] - self.low[l]) / top * clip;
         }
         let scale = stored(scale, width.scale_type);
         for l in 0..LANES {
-            zero[l] = top / 2.0 - (low[l] / 2.0 + high[l] / 2.0) / scale[l];
+            zero[l] = nearest(-self.low[l] * clip / scale[l] + shift, top);
         }
-        Fit { scale, zero: rounded(zero, width.scale_type) }
-    };
-    if clips <= 1 {
-        return at(1.0);
+        Fit::new(scale, zero)
     }
-    let mut best = Best::new(group, weights, width);
-    for clip in shares(clips) {
-        best.offer(&at(clip));
+
+    /// A clipped range's steps, and zero where it lies when the range keeps its middle.
+    #[inline(always)]
+    fn offset(&self, clip: f32, width: &Width) -> Fit {
+        let top = f32::from(width.top());
+        let (mut scale, mut zero) = ([0.0; LANES], [0.0; LANES]);
+        for l in 0..LANES {
+            // A zero point that lies thousands of codes away would lose the digits it has for the group's own width.
+            let far = self.low[l].abs().max(self.high[l].abs()) / 2048.0;
+            scale[l] = ((self.high[l] - self.low[l]) / top * clip).max(far);
+        }
+        let scale = stored(scale, width.scale_type);
+        for l in 0..LANES {
+            zero[l] = top / 2.0 - (self.low[l] / 2.0 + self.high[l] / 2.0) / scale[l];
+        }
+        Fit::new(scale, rounded(zero, width.scale_type))
     }
-    for _ in 0..2 {
-        best.offer(&best.refit_line(width));
-    }
-    best.or(at(1.0))
 }
 
 impl Best<'_> {
-    /// The best fit, or `plain` in the rows where nothing was better than nothing: where errors overflowed.
+    /// The best fit, or `plain` in the rows where nothing was: nothing was tried, or errors overflowed.
     #[inline(always)]
-    fn or(self, plain: Fit) -> Fit {
+    fn or(self, plain: &Fit) -> Fit {
         let mut fit = self.fit;
         for l in 0..LANES {
             if self.error[l] == f32::INFINITY {
                 fit.scale[l] = plain.scale[l];
+                fit.inverse[l] = plain.inverse[l];
                 fit.zero[l] = plain.zero[l];
             }
         }
@@ -275,36 +335,32 @@ fn shares(clips: u16) -> impl Iterator<Item = f32> {
     (0..clips).map(move |clip| 1.0 - step * f32::from(clip))
 }
 
-#[inline(always)]
-fn range(group: &[Lane], mut low: Lane, mut high: Lane) -> (Lane, Lane) {
-    for w in group {
-        for l in 0..LANES {
-            low[l] = low[l].min(w[l]);
-            high[l] = high[l].max(w[l]);
-        }
-    }
-    (low, high)
-}
-
 /// Scales as they are stored, none below the [`floor`].
 #[inline(always)]
 fn stored(scale: Lane, scale_type: ScaleType) -> Lane {
     let floor = floor(scale_type);
-    rounded(scale, scale_type).map(|s| if s > floor { s } else { floor })
+    let mut scale = rounded(scale, scale_type);
+    for l in 0..LANES {
+        scale[l] = if scale[l] > floor { scale[l] } else { floor };
+    }
+    scale
 }
 
 /// Values as `scale_type` stores them.
 #[inline(always)]
-fn rounded(values: Lane, scale_type: ScaleType) -> Lane {
+fn rounded(mut values: Lane, scale_type: ScaleType) -> Lane {
     match scale_type {
-        ScaleType::F32 => values,
-        ScaleType::F16 => values.map(|x| half::f16::from_f32(x).to_f32()),
-        // As half::bf16 rounds, to the nearest and half to even, without its branch for NaN.
-        ScaleType::Bf16 => values.map(|x| {
-            let bits = x.to_bits();
-            f32::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1))) & 0xffff_0000)
-        }),
+        ScaleType::F32 => {}
+        ScaleType::F16 => values.iter_mut().for_each(|x| *x = half::f16::from_f32(*x).to_f32()),
+        ScaleType::Bf16 => {
+            for l in 0..LANES {
+                // As half::bf16 rounds, to the nearest and half to even, without its branch for NaN.
+                let bits = values[l].to_bits();
+                values[l] = f32::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1))) & 0xffff_0000);
+            }
+        }
     }
+    values
 }
 
 #[cfg(test)]
@@ -358,9 +414,9 @@ mod tests {
                     let width = Width { grid, scale_type, ..BITS2 };
                     let (scale, zero) = fitted(&[0.0; 8], width, clips);
                     assert_eq!(scale, floor(scale_type), "{width:?}");
-                    assert!((code(0.0, 1.0 / scale, zero, 3.0) - zero).abs() * scale <= floor(scale_type) / 2.0);
+                    assert!((nearest(zero, 3.0) - zero).abs() * scale <= floor(scale_type) / 2.0);
                     let (scale, zero) = fitted(&[-0.75; 8], width, clips);
-                    let back = (code(-0.75, 1.0 / scale, zero, 3.0) - zero) * scale;
+                    let back = (nearest(-0.75 / scale + zero, 3.0) - zero) * scale;
                     // Half a step of a plain scale; a searched one comes as near as the next clip.
                     let off = if clips == 1 { scale / 2.0 } else { 0.02 * 0.75 };
                     assert!((back + 0.75).abs() <= off, "{width:?} {clips}: {back}");

@@ -54,19 +54,22 @@ pub fn rtn_weighted(w: ArrayView2<'_, f32>, weights: &[f32], width: &Width, para
     let chunks = rows.into_par_iter().map(|rows| {
         let columns = Columns::gather(w, rows.clone(), &order);
         let mut codes = Codes::new(&columns, inputs / group_len, rows.start);
-        kernels::simd::widest(|| {
-            for tile in 0..columns.tiles() {
-                for group in 0..inputs / group_len {
-                    let span = group * group_len..(group + 1) * group_len;
-                    let values: Vec<Lane> = span.clone().map(|column| *columns.lane(column, tile)).collect();
-                    let fit = grid::fit(&values, &weights[span.clone()], width, params.clips);
-                    codes.set_fit(group, tile, &fit);
-                    for (column, w) in span.zip(&values) {
-                        codes.round(column, tile, w, &fit, f32::from(width.top()));
+        kernels::simd::widest(
+            #[inline(always)]
+            || {
+                for tile in 0..columns.tiles() {
+                    for group in 0..inputs / group_len {
+                        let span = group * group_len..(group + 1) * group_len;
+                        let values: Vec<Lane> = span.clone().map(|column| *columns.lane(column, tile)).collect();
+                        let fit = grid::fit(&values, &weights[span.clone()], width, params.clips);
+                        codes.set_fit(group, tile, &fit);
+                        for (column, w) in span.zip(&values) {
+                            codes.round(column, tile, w, &fit, f32::from(width.top()));
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
         codes.check(rows.len(), width)?;
         Ok(codes)
     });

@@ -46,10 +46,14 @@ fn check_widths(allocate: &Allocate, source: &Source) -> Vec<Problem> {
     let budgets = allocate.budgets();
     let mut found = Vec::new();
     if budgets.len() != 1 {
-        let message = format!("one of {} is needed, and there {}", BUDGETS.join(", "), match budgets.len() {
-            0 => "is none".into(),
-            _ => format!("are {}: {}", budgets.len(), budgets.join(", ")),
-        });
+        let message = format!(
+            "one of {} is needed, and there {}",
+            BUDGETS.join(", "),
+            match budgets.len() {
+                0 => "is none".into(),
+                _ => format!("are {}: {}", budgets.len(), budgets.join(", ")),
+            }
+        );
         found.push(source.problem("allocate", message, Some("for one width for all matrices, write bits = 4".into())));
     }
     if let Some(bits) = allocate.bits.filter(|bits| !(allocate.grid.fewest_bits()..=8).contains(bits)) {
@@ -123,7 +127,10 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
             texts.push(("calibrate.corpus", &calibrate.corpus));
             let (samples, files) = (calibrate.samples, calibrate.corpus.len());
             if samples < files.max(1) {
-                add("calibrate.samples", format!("calibrate.samples = {samples} cannot be shared out over {files} texts; ask for at least one each"));
+                add(
+                    "calibrate.samples",
+                    format!("calibrate.samples = {samples} cannot be shared out over {files} texts; ask for at least one each"),
+                );
             }
             if calibrate.tokens < 2 {
                 add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
@@ -301,7 +308,8 @@ mod tests {
     }
 
     fn shape() -> Shape {
-        let tensor = |name: &str, role, shape: &[usize]| Tensor { name: name.into(), shape: shape.into(), role, scale: ScaleType::Bf16, bytes: 0 };
+        let tensor =
+            |name: &str, role, shape: &[usize]| Tensor { name: name.into(), shape: shape.into(), role, scale: ScaleType::Bf16, bytes: 0 };
         let tensors = vec![
             tensor("lm_head.weight", Role::Head, &[8, 96]),
             tensor("x.0.down.weight", Role::Layer(0, Part::Expert(0, Projection::Down)), &[128, 256]),

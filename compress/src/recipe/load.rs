@@ -86,14 +86,13 @@ impl Source {
 
 /// The same path as a person would write it: without detours, from the working directory where it lies below it.
 fn plain(path: &Path) -> PathBuf {
-    let there = path.ancestors().find_map(|dir| Some((dir, fs_err::canonicalize(if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).ok()?)));
+    let there = path
+        .ancestors()
+        .find_map(|dir| Some((dir, fs_err::canonicalize(if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).ok()?)));
     let Some((dir, there)) = there else { return path.to_owned() };
-    let whole = match path.strip_prefix(dir) {
-        Err(_) => path.to_owned(),
-        // Joining nothing would put a separator behind a file.
-        Ok(rest) if rest.as_os_str().is_empty() => there,
-        Ok(rest) => there.join(rest),
-    };
+    // Joining nothing would add a slash, and a file with a slash behind it is not there.
+    let rest = path.strip_prefix(dir).ok().filter(|rest| !rest.as_os_str().is_empty());
+    let whole = rest.map_or(there.clone(), |rest| there.join(rest));
     let here = std::env::current_dir().and_then(fs_err::canonicalize).ok();
     match here.and_then(|here| whole.strip_prefix(here).ok().map(Path::to_owned)) {
         Some(below) if below.as_os_str().is_empty() => PathBuf::from("."),
@@ -186,11 +185,12 @@ mod tests {
         assert_eq!(loaded.recipe.model, Some(parent.join("m")));
         assert_eq!(plain(Path::new("src/../absent")), Path::new("absent"));
         assert_eq!(plain(Path::new("src/..")), Path::new("."));
+        assert_eq!(plain(Path::new("src/../Cargo.toml")).as_os_str(), "Cargo.toml");
         assert_eq!(loaded.recipe.out, Some("/o".into()));
         let overrides = Overrides { out: Some("here".into()), set: vec!["calibrate.corpus=[\"x.txt\"]".into()], ..Overrides::default() };
         let loaded = load(&path, &overrides).unwrap();
         assert_eq!(loaded.recipe.out, Some("here".into()));
-        assert_eq!(loaded.recipe.calibrate.unwrap().corpus, [std::path::absolute("x.txt").unwrap()]);
+        assert_eq!(loaded.recipe.calibrate.unwrap().corpus, [Path::new("x.txt")]);
     }
 
     #[test]

@@ -28,7 +28,8 @@ pub fn check_space(loaded: &Loaded, shape: &Shape) -> Result<Vec<Problem>> {
     let Some(out) = &loaded.recipe.out else { return Ok(Vec::new()) };
     let summary = plan::make(&loaded.recipe, shape, None)?.summary(shape);
     let needs = needs(&loaded.recipe, &summary, shape);
-    let Some(disk) = out.ancestors().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).find(|dir| dir.is_dir()) else {
+    let Some(disk) = out.ancestors().map(|dir| if dir.as_os_str().is_empty() { Path::new(".") } else { dir }).find(|dir| dir.is_dir())
+    else {
         return Ok(Vec::new());
     };
     let free = calib::checkpoint::free_bytes(disk)?;

@@ -90,7 +90,7 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
     let recipe = &loaded.recipe;
     let out = recipe.out.clone().unwrap_or_default();
     if model.checkpoint().is_shape_only() && options.until != Stage::Plan {
-        return Err(Error::ShapeOnly { dir: model.checkpoint().dir().to_owned(), verb: options.until.name() });
+        return Err(Error::ShapeOnly { dir: model.checkpoint().dir().to_owned() });
     }
     refuse_inside(model.checkpoint().dir(), &out)?;
     let identity = Identity::of(recipe, &shape.fingerprint)?;

@@ -36,14 +36,7 @@ pub(super) struct Work<'a> {
 }
 
 impl<'a> Work<'a> {
-    pub fn new(
-        recipe: &'a Recipe,
-        out: &'a Path,
-        model: &'a Model,
-        shape: &'a Shape,
-        folder: &'a Folder,
-        device: Device,
-    ) -> Self {
+    pub fn new(recipe: &'a Recipe, out: &'a Path, model: &'a Model, shape: &'a Shape, folder: &'a Folder, device: Device) -> Self {
         Self { recipe, out, model, shape, folder, device, samples: OnceCell::new() }
     }
 
