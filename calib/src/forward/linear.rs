@@ -9,13 +9,13 @@ use crate::{Error, Result, Weights};
 
 /// A Linear of a decoder layer, kept as `[in, out]` so that the product reads it in order.
 #[derive(Clone, Debug)]
-pub(super) struct Linear<B: Backend> {
+pub(crate) struct Linear<B: Backend> {
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
 }
 
 /// Where a layer's tensors come from and go to.
-pub(super) struct Source<'a, B: Backend> {
+pub(crate) struct Source<'a, B: Backend> {
     pub weights: &'a dyn Weights,
     pub layer: usize,
     pub device: &'a B::Device,
@@ -106,6 +106,11 @@ impl<B: Backend> Linear<B> {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
         }
+    }
+
+    /// The gradient at the rows from `dz`, that at the outputs: `dz · W`.
+    pub fn backward(&self, dz: Tensor<B, 2>) -> Tensor<B, 2> {
+        dz.matmul(self.weight.clone().transpose())
     }
 }
 

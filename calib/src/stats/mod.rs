@@ -6,9 +6,11 @@
 //!
 //! [`RouterSums`]: what the router chose and with what weight. [`OutputSums`]: what the experts' outputs were.
 //! [`ChannelSums`]: the size of each input channel of each Linear matrix. [`Moment`]: `Σ x xᵀ` of one site, which is made,
-//! used and dropped within a layer, because all of a model's are too large to be files. [`store`]: the rest as files.
+//! used and dropped within a layer, because all of a model's are too large to be files. [`end_loss`]: what a change of weights
+//! costs at the end of the model, from a backward pass. [`store`]: the rest as files.
 
 mod channels;
+pub mod end_loss;
 mod moment;
 mod outputs;
 mod router;

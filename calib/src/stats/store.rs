@@ -246,7 +246,7 @@ impl Fields {
         let router = if has("router.") { Some(self.router()?) } else { None };
         let outputs = if has("outputs.") { Some(self.outputs()?) } else { None };
         let names = self.0.keys().filter_map(|name| name.strip_prefix("channels.")?.strip_suffix(".tokens"));
-        let channels = names.map(|name| Some((site(name)?, self.channels(name)?))).collect::<Option<_>>()?;
+        let channels = names.map(|name| Some((site_of(name)?, self.channels(name)?))).collect::<Option<_>>()?;
         Some(LayerStats { router, outputs, channels })
     }
 
@@ -291,7 +291,7 @@ impl Fields {
 }
 
 /// The site of a name, as [`Site`] displays it.
-fn site(name: &str) -> Option<Site> {
+pub(super) fn site_of(name: &str) -> Option<Site> {
     let fixed =
         [Site::AttentionIn, Site::QueryB, Site::KvB, Site::AttentionOut, Site::DenseIn, Site::DenseDown, Site::SharedIn, Site::SharedDown];
     fixed.into_iter().find(|site| site.to_string() == name).or_else(|| {
@@ -360,8 +360,8 @@ mod tests {
     #[test]
     fn sites_are_named_as_they_are_shown() {
         for site in [Site::QueryB, Site::DenseIn, Site::ExpertIn(0), Site::ExpertDown(127)] {
-            assert_eq!(super::site(&site.to_string()), Some(site));
+            assert_eq!(site_of(&site.to_string()), Some(site));
         }
-        assert_eq!(super::site("expert.x.in"), None);
+        assert_eq!(site_of("expert.x.in"), None);
     }
 }
