@@ -1,4 +1,4 @@
-//! Fills the sensitivity table while the measuring pass runs: a layer's second moments are in memory then, and are dropped after.
+//! Fills the sensitivity table while a layer's second moments are in memory: in the measuring pass, or in a backward pass after it.
 //!
 //! One file a layer, `sensitivity/layer-00000.json`, finished by rename, and `sensitivity.json` in the end. **Memory**, beside the
 //! pass's own: for every site in flight a moment and its factor (`12 · K²` bytes for `K` inputs), the three matrices of its MLP in
@@ -9,14 +9,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use calib::arch::{Kind, Part, Projection, Role, Site};
+use calib::backward::{self, Backward, Receive, Scratch};
+use calib::device::Device;
 use calib::forward::Routed;
 use calib::linalg::product;
 use calib::pass::Watch;
-use calib::stats::Moment;
+use calib::progress::Progress;
+use calib::sample::Samples;
+use calib::stats::end_loss::{LayerWeights, SiteLoss};
+use calib::stats::{GateSums, Moment};
 use calib::{Model, Weights};
 use ndarray::{Array2, ArrayView2};
 
-use crate::allocate::sensitivity::{Activations, Entry, SCHEMA, Shared, Table, Wanted};
+use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Table, Wanted, row_weights};
 use crate::allocate::{Choice, Cost, Fill, Matrix};
 use crate::apply::boxed;
 use crate::quantize::Quantizer;
@@ -39,24 +44,12 @@ pub struct Survey<'a> {
     jobs: BTreeMap<(usize, Site), Vec<&'a Matrix>>,
     /// `OUT/moepress`.
     dir: PathBuf,
-    states: Mutex<HashMap<Site, State>>,
+    moments: Mutex<HashMap<Site, Moment>>,
+    /// What gate and up gave, by the site of down.
+    gates: Mutex<HashMap<Site, GateSums>>,
     entries: Mutex<BTreeMap<String, Entry>>,
     /// Weights that the shared expert's gate gave the last rows: those that enter its down next.
     gated: Mutex<Vec<f32>>,
-}
-
-/// What is known of one site so far.
-struct State {
-    moment: Moment,
-    /// Where gate and up enter: what their errors are multiplied by.
-    mlp: Option<Mlp>,
-}
-
-/// The matrices around a site of gate and up.
-struct Mlp {
-    gate: Array2<f32>,
-    up: Array2<f32>,
-    seen: Activations,
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -88,7 +81,8 @@ impl<'a> Survey<'a> {
             tokens,
             jobs,
             dir: dir.to_owned(),
-            states: Mutex::default(),
+            moments: Mutex::default(),
+            gates: Mutex::default(),
             entries: Mutex::default(),
             gated: Mutex::default(),
         }
@@ -96,6 +90,29 @@ impl<'a> Survey<'a> {
 
     fn layer_path(&self, layer: usize) -> PathBuf {
         self.dir.join(format!("sensitivity/layer-{layer:05}.json"))
+    }
+
+    /// Fills the table by a backward pass, for the costs that need one; what an earlier run finished is not done again.
+    ///
+    /// # Errors
+    ///
+    /// As [`backward::run`].
+    pub fn run(&self, samples: &Samples, device: Device, progress: &dyn Progress) -> Result<()> {
+        if self.cost != Cost::EndLoss || self.dir.join("sensitivity.json").is_file() {
+            return Ok(());
+        }
+        let folder = self.dir.join("sensitivity/backward");
+        fs_err::create_dir_all(&folder)?;
+        let model = self.model.checkpoint().fingerprint().to_owned();
+        let key = [("model files".to_owned(), model), ("calibration samples".to_owned(), samples.hash())];
+        let (params, scratch) = (backward::Params::default(), Scratch::Disk(&folder, key.into()));
+        let pass = Backward { weights: self.model, ids: &samples.ids, params: &params, scratch: &scratch, progress };
+        Ok(backward::run(&pass, self, device)?)
+    }
+
+    /// The watcher of the measuring pass, for the costs that need no other.
+    pub fn watch(&self) -> Option<&dyn Watch> {
+        (self.cost == Cost::Hessian).then_some(self)
     }
 
     /// Joins the layers' files into `sensitivity.json` and removes them.
@@ -129,32 +146,6 @@ impl<'a> Survey<'a> {
         Ok(())
     }
 
-    /// Three roles of the MLP that a site belongs to; `None` for attention.
-    fn mlp_of(site: Site) -> Option<fn(Site, Projection) -> Part> {
-        match site {
-            Site::ExpertIn(_) => Some(|site, p| if let Site::ExpertIn(e) = site { Part::Expert(e, p) } else { Part::Dense(p) }),
-            Site::SharedIn => Some(|_, p| Part::Shared(p)),
-            Site::DenseIn => Some(|_, p| Part::Dense(p)),
-            _ => None,
-        }
-    }
-
-    fn state(&self, layer: usize, site: Site, width: usize) -> Result<State> {
-        if let Some(state) = held(&self.states).remove(&site) {
-            return Ok(state);
-        }
-        let mlp = match Self::mlp_of(site) {
-            Some(part) => {
-                let matrix = |p| self.model.matrix(Role::Layer(layer, part(site, p)));
-                let (gate, up) = (matrix(Projection::Gate)?, matrix(Projection::Up)?);
-                let seen = Activations::new(gate.nrows());
-                Some(Mlp { gate, up, seen })
-            }
-            None => None,
-        };
-        Ok(State { moment: Moment::new(width), mlp })
-    }
-
     /// The weight of every row: what multiplies the MLP's output.
     fn weights(&self, layer: usize, site: Site, rows: ArrayView2<'_, f32>, routed: Option<&Routed>) -> Result<Vec<f32>> {
         let gate = Role::Layer(layer, Part::SharedGate);
@@ -173,12 +164,10 @@ impl<'a> Survey<'a> {
 
     fn add(&self, layer: usize, site: Site, rows: ArrayView2<'_, f32>, routed: Option<&Routed>) -> Result<()> {
         let weights: Vec<f32> = self.weights(layer, site, rows, routed)?.iter().map(|c| c * c).collect();
-        let mut state = self.state(layer, site, rows.ncols())?;
-        state.moment.add(rows, Some(&weights));
-        if let Some(Mlp { gate, up, seen }) = &mut state.mlp {
-            seen.add(&product(rows, gate.t()), &product(rows, up.t()), &weights);
-        }
-        held(&self.states).insert(site, state);
+        // Taken out while it grows, so that other sites are not kept waiting.
+        let mut moment = held(&self.moments).remove(&site).unwrap_or_else(|| Moment::new(rows.ncols()));
+        moment.add(rows, Some(&weights));
+        held(&self.moments).insert(site, moment);
         Ok(())
     }
 
@@ -191,37 +180,58 @@ impl<'a> Survey<'a> {
         }
     }
 
-    fn judge(&self, layer: usize, site: Site) -> Result<()> {
+    /// Losses of a site's matrices, with the row weights of each; sums over tokens are multiplied by `unit`.
+    fn judge<'r>(
+        &self,
+        (layer, site): (usize, Site),
+        moment: Array2<f32>,
+        unit: f64,
+        rows: impl Fn(Part) -> Option<&'r [f64]>,
+    ) -> Result<()> {
         let Some(jobs) = self.jobs.get(&(layer, site)) else { return Ok(()) };
-        let state = held(&self.states).remove(&site);
         let wanted = self.wanted(site);
-        let mut found = BTreeMap::new();
-        if let Some(State { moment, mlp }) = state {
-            let shared = Shared::new(moment.into_matrix(), &self.choices, self.quantizer, self.tokens, wanted)?;
-            let rows = match (&mlp, Self::mlp_of(site)) {
-                (Some(mlp), Some(part)) => {
-                    let down = self.model.matrix(Role::Layer(layer, part(site, Projection::Down)))?;
-                    let [gate, up] = mlp.seen.row_weights(down.view());
-                    Some((gate, up))
-                }
-                _ => None,
-            };
-            for job in jobs {
-                let w = self.model.matrix(Role::Layer(job.layer, job.part))?;
-                let rows = rows.as_ref().map(|(gate, up)| if projection(job.part) == Some(Projection::Gate) { gate } else { up });
-                let (rounded, solved) = shared.losses(w.view(), rows.map(Vec::as_slice), job.scale, wanted)?;
-                found.insert(job.name.clone(), Entry { like: like(job), rounded, solved });
-            }
-        } else {
-            // No token reached it: no width costs anything on these texts.
-            for job in jobs {
-                let fits = |c: &Choice| c.width(job.scale).group_len(job.shape[1]).is_ok().then_some(0.0);
-                let solved = self.choices.iter().map(fits).collect();
-                found.insert(job.name.clone(), Entry { like: like(job), rounded: Vec::new(), solved });
-            }
+        let shared = Shared::new(moment, &self.choices, self.quantizer, unit, wanted)?;
+        for job in jobs {
+            let w = self.model.matrix(Role::Layer(job.layer, job.part))?;
+            let (rounded, solved) = shared.losses(w.view(), rows(job.part), job.scale, wanted)?;
+            held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved });
         }
-        held(&self.entries).extend(found);
         Ok(())
+    }
+
+    /// Losses of a site's matrices when all its rows have been seen going forward.
+    fn judge_outputs(&self, layer: usize, site: Site) -> Result<()> {
+        let Some(first) = self.jobs.get(&(layer, site)).and_then(|jobs| jobs.first()) else { return Ok(()) };
+        // Where no token came, no width costs anything on these texts.
+        let moment = held(&self.moments).remove(&site).unwrap_or_else(|| Moment::new(first.shape[1]));
+        let rows = match before_down(site) {
+            Some((down, part)) => {
+                let down_matrix = self.model.matrix(Role::Layer(layer, part))?;
+                let sums = held(&self.gates).remove(&down).unwrap_or_else(|| GateSums::new(down_matrix.ncols()));
+                Some(row_weights(&sums, down_matrix.view()))
+            }
+            None => None,
+        };
+        self.judge((layer, site), moment.into_matrix(), 1.0 / self.tokens.max(1) as f64, |part| {
+            rows.as_ref().map(|[gate, up]| if projection(part) == Some(Projection::Gate) { gate.as_slice() } else { up })
+        })
+    }
+
+    fn put(&self, layer: usize) -> Result<()> {
+        let entries = std::mem::take(&mut *held(&self.entries));
+        fs_err::create_dir_all(self.dir.join("sensitivity"))?;
+        let text = serde_json::to_string(&entries).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.layer_path(layer), text.as_bytes())
+    }
+}
+
+/// Where gate and up enter: the site and the matrix of the down projection behind them.
+fn before_down(site: Site) -> Option<(Site, Part)> {
+    match site {
+        Site::ExpertIn(e) => Some((Site::ExpertDown(e), Part::Expert(e, Projection::Down))),
+        Site::SharedIn => Some((Site::SharedDown, Part::Shared(Projection::Down))),
+        Site::DenseIn => Some((Site::DenseDown, Part::Dense(Projection::Down))),
+        _ => None,
     }
 }
 
@@ -250,18 +260,37 @@ impl Watch for Survey<'_> {
         }
     }
 
+    fn gates(&self, _: usize, down: Site, gate: &[f32], up: &[f32], inner: usize, routed: Option<&Routed>) -> calib::Result<()> {
+        let sums = GateSums::of(gate, up, inner, routed.map(|r| r.weights.as_slice()));
+        held(&self.gates).entry(down).or_insert_with(|| GateSums::new(inner)).merge(&sums)
+    }
+
     fn done(&self, layer: usize, site: Site) -> calib::Result<()> {
-        self.judge(layer, site).map_err(boxed)
+        self.judge_outputs(layer, site).map_err(boxed)
     }
 
     fn layer_done(&self, layer: usize) -> calib::Result<()> {
-        let entries = std::mem::take(&mut *held(&self.entries));
-        fs_err::create_dir_all(self.dir.join("sensitivity"))?;
-        let text = serde_json::to_string(&entries).map_err(std::io::Error::from)? + "\n";
-        write_whole(&self.layer_path(layer), text.as_bytes()).map_err(boxed)
+        self.put(layer).map_err(boxed)
     }
 
     fn has(&self, layer: usize) -> bool {
         self.layer_path(layer).is_file()
+    }
+}
+
+impl Receive for Survey<'_> {
+    fn wants(&self, layer: usize, site: Site) -> bool {
+        self.jobs.contains_key(&(layer, site))
+    }
+
+    fn site(&self, layer: usize, loss: SiteLoss) -> calib::Result<()> {
+        // Half of a sum over tokens, in nats a token.
+        let unit = 0.5 / loss.tokens.max(1) as f64;
+        let rows = |part| loss.outputs.iter().find(|(p, _)| *p == part).and_then(|(_, r)| r.as_slice());
+        self.judge((layer, loss.site), loss.moment.clone(), unit, rows).map_err(boxed)
+    }
+
+    fn layer(&self, layer: usize, _: LayerWeights) -> calib::Result<()> {
+        self.put(layer).map_err(boxed)
     }
 }

@@ -20,6 +20,14 @@ pub trait Watch: Sync {
     /// Whatever the receiver finds wrong; the pass stops with it.
     fn rows(&self, layer: usize, site: Site, rows: &[f32], width: usize, routed: Option<&Routed>) -> Result<()>;
 
+    /// What a gated MLP's gate and up projections gave for the rows that enter the site `down`, `[rows, inner]` each; as in
+    /// [`Tap::gates`], before those rows.
+    ///
+    /// # Errors
+    ///
+    /// As [`Watch::rows`].
+    fn gates(&self, layer: usize, down: Site, gate: &[f32], up: &[f32], inner: usize, routed: Option<&Routed>) -> Result<()>;
+
     /// All rows of a wanted site have been seen.
     ///
     /// # Errors
@@ -60,6 +68,18 @@ impl<B: Backend, T: Tap<B>> Tap<B> for Watched<'_, T> {
             watch.rows(layer, site, &values(rows.clone(), "inputs of a site")?, rows.dims()[1], routed)?;
         }
         if self.tap.wants(layer, site) { self.tap.rows(layer, site, rows, routed) } else { Ok(()) }
+    }
+
+    fn wants_gates(&self) -> bool {
+        self.tap.wants_gates() || self.watch.is_some()
+    }
+
+    fn gates(&self, layer: usize, down: Site, gate: &Tensor<B, 2>, up: &Tensor<B, 2>, routed: Option<&Routed>) -> Result<()> {
+        if let Some(watch) = self.watcher(layer, down) {
+            let host = |x: &Tensor<B, 2>| values(x.clone(), "what gate and up gave");
+            watch.gates(layer, down, &host(gate)?, &host(up)?, gate.dims()[1], routed)?;
+        }
+        if self.tap.wants_gates() { self.tap.gates(layer, down, gate, up, routed) } else { Ok(()) }
     }
 
     fn done(&self, layer: usize, site: Site) -> Result<()> {

@@ -234,8 +234,10 @@ impl Limits {
 pub enum Cost {
     /// Squared error of the MLPs' output over the calibration tokens, from second moments weighted with the squared routing
     /// weight. Has no unit for attention matrices.
-    #[default]
     Hessian,
+    /// Nats of KL divergence at the end of the model, from a backward pass: one unit for every matrix.
+    #[default]
+    EndLoss,
 }
 
 impl Cost {
@@ -243,6 +245,7 @@ impl Cost {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Hessian => "hessian",
+            Self::EndLoss => "end_loss",
         }
     }
 
@@ -250,6 +253,7 @@ impl Cost {
     pub fn covers(&self, kind: Kind) -> bool {
         match self {
             Self::Hessian => matches!(kind, Kind::Expert | Kind::Shared | Kind::Dense),
+            Self::EndLoss => true,
         }
     }
 }

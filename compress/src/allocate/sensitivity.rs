@@ -8,10 +8,13 @@
 //! `v_t = c_t²`; down: `r = 1`; gate: `r_i = ‖W_d[:,i]‖² · mean((silu′(g_i) u_i)²)`, up: the same with `silu(g_i)²`, where `g = W_g x`,
 //! `u = W_u x` and the means are weighted with `c²`. A sum over the tokens that an expert saw, not their mean: how often it is used
 //! is part of what its error costs.
+//!
+//! `end_loss` is nats of KL divergence at the end of the model ([`calib::stats::end_loss`]): `v` and `r` come from a backward pass.
 
 use std::collections::BTreeMap;
 
 use calib::linalg::product;
+use calib::stats::GateSums;
 use kernels::ScaleType;
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
@@ -24,7 +27,7 @@ use crate::quantize::{Quantizer, gptq, rtn};
 /// Losses of one matrix, `[choices]`; `None` where the choice does not fit the matrix.
 pub type Losses = Vec<Option<f64>>;
 
-/// Predicted losses of a model: mean squared error a calibration token.
+/// Predicted losses of a model a calibration token, in the unit of its cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Table {
@@ -139,8 +142,8 @@ pub struct Shared<'a> {
     factor: Option<Factor>,
     choices: &'a [Choice],
     quantizer: &'a Quantizer,
-    /// What a sum is divided by: calibration tokens.
-    tokens: f64,
+    /// What a sum over tokens is multiplied by.
+    unit: f64,
 }
 
 /// Which losses of a matrix are wanted.
@@ -155,22 +158,22 @@ pub enum Wanted {
 }
 
 impl<'a> Shared<'a> {
-    /// Prepares a site's matrices from its second moment `h`, `[in, in]`.
+    /// Prepares a site's matrices from its second moment `h`, `[in, in]`; sums over tokens are multiplied by `unit`.
     ///
     /// # Errors
     ///
     /// As [`factorize`].
-    pub fn new(h: Array2<f32>, choices: &'a [Choice], quantizer: &'a Quantizer, tokens: u64, wanted: Wanted) -> Result<Self> {
+    pub fn new(h: Array2<f32>, choices: &'a [Choice], quantizer: &'a Quantizer, unit: f64, wanted: Wanted) -> Result<Self> {
         let diagonal = h.diag().to_vec();
         let inputs = diagonal.len();
         let groups: Vec<_> = choices.iter().filter(|c| c.width(ScaleType::Bf16).group_len(inputs).is_ok()).map(|c| c.group).collect();
         let factor = match quantizer {
             Quantizer::Gptq(params) if wanted != Wanted::Rounded && !groups.is_empty() && diagonal.iter().any(|&d| d > 0.0) => {
-                Some(factorize(h.clone(), &groups, params)?)
+                Some(factorize(h.view(), &groups, params)?)
             }
             _ => None,
         };
-        Ok(Self { h, diagonal, factor, choices, quantizer, tokens: tokens.max(1) as f64 })
+        Ok(Self { h, diagonal, factor, choices, quantizer, unit })
     }
 
     /// Losses of one matrix `w`, `[out, in]`, whose rows count `rows` each, `[out]`; `None`: 1 each.
@@ -212,48 +215,16 @@ impl<'a> Shared<'a> {
     fn loss(&self, w: ArrayView2<'_, f32>, rows: Option<&[f64]>, quantized: &Array2<f32>) -> f64 {
         let errors = row_errors(&(quantized - &w), &self.h);
         let weighted = errors.iter().enumerate().map(|(i, error)| error * rows.map_or(1.0, |r| r[i]));
-        weighted.sum::<f64>() / self.tokens
+        weighted.sum::<f64>() * self.unit
     }
 }
 
-/// What the errors of gate and up are multiplied by on their way to the output of a gated MLP, summed over tokens.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Activations {
-    /// `Σ v (silu′(g_i) u_i)²`, `[inner]`.
-    gate: Vec<f64>,
-    /// `Σ v silu(g_i)²`, `[inner]`.
-    up: Vec<f64>,
-    /// `Σ v`.
-    weight: f64,
-}
-
-impl Activations {
-    /// Nothing seen.
-    pub fn new(inner: usize) -> Self {
-        Self { gate: vec![0.0; inner], up: vec![0.0; inner], weight: 0.0 }
-    }
-
-    /// Adds tokens: `g` and `u`, `[rows, inner]`, and their weights `v`, `[rows]`.
-    pub fn add(&mut self, g: &Array2<f32>, u: &Array2<f32>, v: &[f32]) {
-        for ((g, u), &v) in g.rows().into_iter().zip(u.rows()).zip(v) {
-            let v = f64::from(v);
-            self.weight += v;
-            for (i, (&g, &u)) in g.iter().zip(u).enumerate() {
-                let (g, u) = (f64::from(g), f64::from(u));
-                let sigma = 1.0 / (1.0 + (-g).exp());
-                let slope = sigma * (1.0 + g * (1.0 - sigma));
-                self.gate[i] += v * (slope * u).powi(2);
-                self.up[i] += v * (g * sigma).powi(2);
-            }
-        }
-    }
-
-    /// Row weights of gate and of up, `[inner]` each, before the down projection `[hidden, inner]`.
-    pub fn row_weights(&self, down: ArrayView2<'_, f32>) -> [Vec<f64>; 2] {
-        let norms: Vec<f64> = down.columns().into_iter().map(|c| c.iter().map(|&w| f64::from(w).powi(2)).sum()).collect();
-        let total = if self.weight > 0.0 { self.weight } else { 1.0 };
-        [&self.gate, &self.up].map(|sums| sums.iter().zip(&norms).map(|(sum, norm)| sum / total * norm).collect())
-    }
+/// Row weights of gate and of up, `[inner]` each, before the down projection `[hidden, inner]`: what their squared errors are
+/// multiplied by on their way to the MLP's output.
+pub fn row_weights(sums: &GateSums, down: ArrayView2<'_, f32>) -> [Vec<f64>; 2] {
+    let norms: Vec<f64> = down.columns().into_iter().map(|c| c.iter().map(|&w| f64::from(w).powi(2)).sum()).collect();
+    let total = if sums.weight > 0.0 { sums.weight } else { 1.0 };
+    [&sums.gate, &sums.up].map(|sums| sums.iter().zip(&norms).map(|(sum, norm)| sum / total * norm).collect())
 }
 
 #[cfg(test)]
@@ -299,9 +270,8 @@ mod tests {
         let whole = expert(&x, [&gate, &up, &down]);
         let (g, u) = (product(x.view(), gate.t()), product(x.view(), up.t()));
         let inner = ndarray::Zip::from(&g).and(&u).map_collect(|&g, &u| g / (1.0 + (-g).exp()) * u);
-        let mut seen = Activations::new(f);
-        seen.add(&g, &u, &v);
-        let [gate_rows, up_rows] = seen.row_weights(down.view());
+        let seen = GateSums::of(g.as_slice().unwrap(), u.as_slice().unwrap(), f, Some(&c));
+        let [gate_rows, up_rows] = row_weights(&seen, down.view());
         let moment = |rows: &Array2<f32>| {
             let mut m = calib::stats::Moment::new(rows.ncols());
             m.add(rows.view(), Some(&v));
@@ -312,7 +282,7 @@ mod tests {
         for (which, w, h, rows) in
             [(0, &gate, moment(&x), Some(&gate_rows)), (1, &up, moment(&x), Some(&up_rows)), (2, &down, moment(&inner), None)]
         {
-            let shared = Shared::new(h, &choices, &quantizer, tokens as u64, Wanted::Both).unwrap();
+            let shared = Shared::new(h, &choices, &quantizer, 1.0 / tokens as f64, Wanted::Both).unwrap();
             let (rounded, solved) = shared.losses(w.view(), rows.map(Vec::as_slice), ScaleType::Bf16, Wanted::Both).unwrap();
             assert!(solved[0].unwrap() < rounded[0].unwrap());
             let width = choices[0].width(ScaleType::Bf16);
@@ -349,7 +319,7 @@ mod tests {
     fn a_choice_that_does_not_fit_has_no_loss() {
         let choices = [Choice { bits: 2, group: Group::Size(3), grid: Grid::Sym }, Choice { bits: 2, group: Group::Size(4), grid: Grid::Sym }];
         let quantizer = Quantizer::Gptq(gptq::Params::default());
-        let shared = Shared::new(Array2::eye(8), &choices, &quantizer, 1, Wanted::Solved).unwrap();
+        let shared = Shared::new(Array2::eye(8), &choices, &quantizer, 1.0, Wanted::Solved).unwrap();
         let (rounded, solved) = shared.losses(noise(4, 8, 5).view(), None, ScaleType::Bf16, Wanted::Solved).unwrap();
         assert!(rounded.is_empty() && solved[0].is_none() && solved[1].is_some());
     }

@@ -63,7 +63,7 @@ impl<'a> Solver<'a> {
             return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
         };
         let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
-        let factor = factorize(moment.into_matrix(), &groups, self.params)?;
+        let factor = factorize(moment.into_matrix().view(), &groups, self.params)?;
         for job in jobs {
             let w = self.model.matrix(job.role)?;
             let solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;

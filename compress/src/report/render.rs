@@ -165,7 +165,7 @@ pub fn plan(summary: &Summary, path: &Path) -> String {
 pub fn coverage(layers: &[LayerStats], tokens: usize) -> String {
     let mut rows = vec![row(["layer", "experts", "fewest tokens", "median", "most", "unreached"])];
     for (layer, stats) in layers.iter().enumerate() {
-        let Some(router) = &stats.router else { continue };
+        let Some(router) = stats.experts.as_ref().map(|experts| &experts.router) else { continue };
         let mut reached: Vec<u64> = router.counts.columns().into_iter().map(|column| column.sum()).collect();
         reached.sort_unstable();
         let (Some(fewest), Some(most)) = (reached.first(), reached.last()) else { continue };

@@ -134,10 +134,12 @@ impl<'a> Work<'a> {
             let what = (allocate.cost, allocate.fill, allocate.options());
             Survey::new(self.model, quantizer, &matrices, what, tokens, self.folder.dir())
         });
-        let watch = survey.as_ref().map(|survey| survey as &dyn pass::Watch);
+        let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
         let layers = pass::run(&pass, self.device)?.layers;
-        survey.map_or(Ok(()), |survey| survey.finish(layers, samples.hash()))
+        let Some(survey) = survey else { return Ok(()) };
+        survey.run(samples, self.device, progress)?;
+        survey.finish(layers, samples.hash())
     }
 
     /// The quantizer and the budget, where widths are shared out.
