@@ -383,6 +383,17 @@ pub enum Error {
         message: String,
     },
 
+    /// Token weights that are not of the rows that are asked for.
+    #[error("{site}: {asked} rows asked for, but there are token weights of {found}; they are of other samples")]
+    TokenWeights {
+        /// Where the rows enter.
+        site: crate::arch::Site,
+        /// Rows that have weights.
+        found: usize,
+        /// Rows asked for.
+        asked: usize,
+    },
+
     // ---- linalg ----
     /// A symmetric matrix was asked for.
     #[error("a matrix of {rows} x {columns} is not square, so it is no second moment")]

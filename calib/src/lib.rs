@@ -2,9 +2,11 @@
 //!
 //! [`checkpoint`] gives tensors by name, [`arch`] says what each tensor is to the model and what arithmetic the config asks for,
 //! [`Model`](model::Model) joins the two, [`forward`] runs one decoder layer at a time over a batch of samples on a burn
-//! backend, [`pass`] streams the layers and hands what passes through to [`stats`], [`evaluate`] compares two models on text.
+//! backend, [`backward`] goes back from a loss at the end, [`pass`] streams the layers and hands what passes through to [`stats`],
+//! [`evaluate`] compares two models on text.
 
 pub mod arch;
+pub mod backward;
 pub mod checkpoint;
 pub mod corpus;
 pub mod device;

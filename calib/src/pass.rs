@@ -14,6 +14,7 @@ mod draw;
 mod measure;
 mod peak;
 mod snapshot;
+mod watch;
 
 use std::collections::BTreeMap;
 
@@ -30,6 +31,8 @@ pub use draw::{Draw, draw, routing_counts};
 pub use measure::{Measure, Measured};
 pub use peak::peak_bytes;
 pub use snapshot::Snapshots;
+pub use watch::Watch;
+use watch::Watched;
 
 /// What streams past what.
 #[derive(Clone, Copy)]
@@ -90,6 +93,8 @@ pub struct Pass<'a> {
     pub calibrate: &'a Calibrate,
     /// Where the statistics go.
     pub store: &'a Store,
+    /// Sees every site's rows beside the statistics.
+    pub watch: Option<&'a dyn Watch>,
     /// Hears of every finished layer.
     pub progress: &'a dyn Progress,
 }
@@ -169,7 +174,8 @@ impl Pass<'_> {
         let subset = alike::subset(self.samples.total_tokens(), self.calibrate.similarity_tokens);
         let stats = LayerStats::new(spec, layer, self.samples.domains.len());
         let measure = Measure::new(stats, self.samples, before.as_ref(), subset);
-        decoder_layer(self.weights, layer, hidden, &measure, Options::of::<B>())?;
+        decoder_layer(self.weights, layer, hidden, &Watched { tap: &measure, watch: self.watch }, Options::of::<B>())?;
+        self.watch.map_or(Ok(()), |watch| watch.layer_done(layer))?;
         let mut measured = measure.finish();
         if let (Some(experts), Some(moe), true) = (&mut measured.stats.experts, spec.moe(layer), self.calibrate.similarity_tokens > 0) {
             experts.similarity = Some(alike::similarity(self.weights, layer, moe, measured.subset)?);
@@ -184,7 +190,8 @@ impl Pass<'_> {
     /// Whether a layer's files are there; those of the last one before `next` with its traces, which `next` counts from.
     fn finished(&self, layer: usize, next: usize) -> bool {
         let traced = self.weights.spec().moe(layer).is_some() && (self.calibrate.traces || layer + 1 == next);
-        self.store.layer_path(layer).is_file() && (!traced || self.store.traces_path(layer).is_file())
+        let watched = self.watch.is_none_or(|watch| watch.has(layer));
+        watched && self.store.layer_path(layer).is_file() && (!traced || self.store.traces_path(layer).is_file())
     }
 
     /// Drops the traces of the layer before `layer`, unless they are asked for. A layer later than they are needed, so that
@@ -240,7 +247,7 @@ mod tests {
     }
 
     fn measure(weights: &dyn Weights, samples: &Samples, store: &Store) -> Result<Manifest> {
-        let pass = Pass { weights, fingerprint: "model", samples, calibrate: &calibrate(), store, progress: &Quiet };
+        let pass = Pass { weights, fingerprint: "model", samples, calibrate: &calibrate(), store, watch: None, progress: &Quiet };
         run(&pass, Device::Cpu)
     }
 
@@ -351,8 +358,15 @@ mod tests {
         let store = Store::new(dir.path());
         let calibrate = Calibrate { traces: true, similarity_tokens: 40, ..calibrate() };
         let samples = corpus();
-        let pass =
-            Pass { weights: &table, fingerprint: "model", samples: &samples, calibrate: &calibrate, store: &store, progress: &Quiet };
+        let pass = Pass {
+            weights: &table,
+            fingerprint: "model",
+            samples: &samples,
+            calibrate: &calibrate,
+            store: &store,
+            watch: None,
+            progress: &Quiet,
+        };
         run(&pass, Device::Cpu).unwrap();
         let (first, second) = (store.traces(0).unwrap().unwrap(), store.traces(1).unwrap().unwrap());
         assert_eq!((first.dim(), second.dim()), ((3500, 2), (3500, 2)));

@@ -32,14 +32,9 @@ pub enum Error {
     Recipe(Box<crate::recipe::Invalid>),
 
     // ---- plan ----
-    /// A budget that no program solves yet.
-    #[error(
-        "allocate.{budget} asks for a width a matrix, and allocation a matrix is not built yet; give one width for all with allocate.bits"
-    )]
-    BudgetNotBuilt {
-        /// The recipe's key.
-        budget: &'static str,
-    },
+    /// A budget that no choice of widths meets.
+    #[error(transparent)]
+    Undecided(#[from] crate::allocate::Undecided),
 
     // ---- quantize ----
     /// Codes, scales or packed words that do not hold together.

@@ -17,6 +17,7 @@ pub mod recipe;
 pub mod report;
 pub mod run;
 pub mod solved;
+pub mod survey;
 pub mod tensorfile;
 
 pub use error::{Error, Result};

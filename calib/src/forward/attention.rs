@@ -5,6 +5,7 @@
 
 use burn::tensor::{Tensor, TensorData, activation::softmax, backend::Backend};
 
+use super::adjoint::{Adjoint, Frame, SiteRows};
 use super::cache::LayerCache;
 use super::linear::{Linear, Source};
 use super::norm::NormLayer;
@@ -83,15 +84,61 @@ impl<B: Backend> GroupedAttention<B> {
         let [samples, tokens, hidden] = x.dims();
         let x = x.reshape([samples * tokens, hidden]);
         pass.show(Site::AttentionIn, &x);
+        let [query, key, value] = self.project(x, [samples, tokens], pass.rotary);
+        let (key, value) = pass.with_cached(key, value);
+        let y = attend(query, key, value, pass.window);
+        pass.show(Site::AttentionOut, &y);
+        self.output.apply(y).reshape([samples, tokens, hidden])
+    }
+
+    /// Queries (scaled), keys and values, `[samples, heads, tokens, head_dim]`.
+    fn project(&self, x: Tensor<B, 2>, [samples, tokens]: [usize; 2], rotary: &Rotary<B>) -> [Tensor<B, 4>; 3] {
         let norms = self.norms.as_ref();
         let query = self.heads(&self.query, norms.map(|n| &n[0]), x.clone(), [samples, tokens, self.shape.heads]);
         let key = self.heads(&self.key, norms.map(|n| &n[1]), x.clone(), [samples, tokens, self.shape.kv_heads]);
         let value = self.heads(&self.value, None, x, [samples, tokens, self.shape.kv_heads]);
-        let (query, key) = (pass.rotary.apply(query), pass.rotary.apply(key));
-        let (key, value) = pass.with_cached(key, value);
-        let y = attend(query * self.shape.scale, key, value, pass.window);
-        pass.show(Site::AttentionOut, &y);
-        self.output.apply(y).reshape([samples, tokens, hidden])
+        [rotary.apply(query) * self.shape.scale, rotary.apply(key), value]
+    }
+
+    /// From the rows `x` that entered and `dy`, the gradient at the output, both `[rows, hidden]`.
+    pub fn backward(&self, x: Tensor<B, 2>, dy: Tensor<B, 2>, frame: &Frame<'_, B>) -> Adjoint<B> {
+        let projected = self.project(x.clone(), frame.shape, frame.rotary);
+        let [query, key, value] = projected.clone();
+        let mixed = attend(query, key, value, frame.window);
+        let [query, key, value] = attend_backward(projected, self.output.backward(dy.clone()), frame.window);
+        let (query, key) = (frame.rotary.backward(query * self.shape.scale), frame.rotary.backward(key));
+        let norms = self.norms.as_ref();
+        let query = self.heads_backward(&self.query, norms.map(|n| &n[0]), &x, query);
+        let key = self.heads_backward(&self.key, norms.map(|n| &n[1]), &x, key);
+        let value = self.heads_backward(&self.value, None, &x, value);
+        let input = self.query.backward(query.clone()) + self.key.backward(key.clone()) + self.value.backward(value.clone());
+        let outputs = vec![(Part::Query, query), (Part::Key, key), (Part::Value, value)];
+        let sites = vec![
+            SiteRows { site: Site::AttentionIn, rows: x, outputs },
+            SiteRows { site: Site::AttentionOut, rows: mixed, outputs: vec![(Part::Output, dy)] },
+        ];
+        Adjoint { input, sites }
+    }
+
+    /// The gradient at a projection's rows, `[rows, heads · head_dim]`, from `dy`, that at what [`Self::heads`] gives.
+    fn heads_backward(&self, linear: &Linear<B>, norm: Option<&NormLayer<B>>, x: &Tensor<B, 2>, dy: Tensor<B, 4>) -> Tensor<B, 2> {
+        let [samples, heads, tokens, width] = dy.dims();
+        let mut dy = dy.swap_dims(1, 2);
+        if norm.is_none() && self.shape.clip.is_none() {
+            return dy.reshape([samples * tokens, heads * width]);
+        }
+        let z = linear.apply(x.clone());
+        let full = norm.filter(|_| self.shape.qk_norm == QkNorm::FullWidth);
+        let y = full.map_or_else(|| z.clone(), |norm| norm.apply(z.clone()));
+        if let (Some(norm), QkNorm::PerHead) = (norm, self.shape.qk_norm) {
+            let y = self.shape.clip.map_or_else(|| y.clone(), |clip| y.clone().clamp(-clip, clip));
+            dy = norm.backward(y.reshape([samples, tokens, heads, width]), dy);
+        }
+        let mut dy = dy.reshape([samples * tokens, heads * width]);
+        if let Some(clip) = self.shape.clip {
+            dy = dy.mask_fill(y.abs().greater_elem(clip), 0.0);
+        }
+        full.map_or_else(|| dy.clone(), |norm| norm.backward(z, dy.clone()))
     }
 
     /// Projects rows, norms and clamps them, and gives `[samples, heads, tokens, head_dim]`.
@@ -122,9 +169,58 @@ impl<B: Backend> GroupedAttention<B> {
 /// `query` is `[samples, heads, tokens, width]`, already scaled; `key` and `value` are `[samples, kv_heads, keys, …]`, each
 /// of their heads shared by `heads / kv_heads` consecutive query heads. Gives rows `[samples · tokens, heads · value width]`.
 pub(super) fn attend<B: Backend>(query: Tensor<B, 4>, key: Tensor<B, 4>, value: Tensor<B, 4>, window: Option<usize>) -> Tensor<B, 2> {
+    attend_by(step(&query, &key), query, key, value, window)
+}
+
+/// Queries a block.
+fn step<B: Backend>(query: &Tensor<B, 4>, key: &Tensor<B, 4>) -> usize {
     let [samples, heads, ..] = query.dims();
-    let step = (SCORES / (samples * heads * key.dims()[2]).max(1)).max(QUERIES);
-    attend_by(step, query, key, value, window)
+    (SCORES / (samples * heads * key.dims()[2]).max(1)).max(QUERIES)
+}
+
+/// Gradients at queries, keys and values from `dy`, that at the rows which [`attend`] gives for them.
+pub(super) fn attend_backward<B: Backend>(qkv: [Tensor<B, 4>; 3], dy: Tensor<B, 2>, window: Option<usize>) -> [Tensor<B, 4>; 3] {
+    attend_backward_by(step(&qkv[0], &qkv[1]), qkv, dy, window)
+}
+
+/// [`attend_backward`] with queries in blocks of `step`. With weights `P` and `dP = dY · Vᵀ`: `dV = Pᵀ · dY`, the scores'
+/// gradient is `dS = P ⊙ (dP − rowsum(P ⊙ dP))`, `dQ = dS · K`, `dK = dSᵀ · Q`.
+fn attend_backward_by<B: Backend>(
+    step: usize,
+    [query, key, value]: [Tensor<B, 4>; 3],
+    dy: Tensor<B, 2>,
+    window: Option<usize>,
+) -> [Tensor<B, 4>; 3] {
+    let [samples, heads, tokens, width] = query.dims();
+    let ([_, kv_heads, keys, _], [_, _, _, value_width]) = (key.dims(), value.dims());
+    let dy = dy.reshape([samples, tokens, heads, value_width]).swap_dims(1, 2);
+    let (mut d_key, mut d_value) = (key.zeros_like(), value.zeros_like());
+    let mut d_queries = Vec::with_capacity(tokens.div_ceil(step));
+    for first in (0..tokens).step_by(step) {
+        let count = step.min(tokens - first);
+        let span = Span::of(keys - tokens + first, count, window);
+        let part = |x: &Tensor<B, 4>| x.clone().narrow(2, span.first_key, span.keys);
+        let (key, value) = (part(&key), part(&value));
+        let stacked =
+            |x: &Tensor<B, 4>, width| x.clone().narrow(2, first, count).reshape([samples, kv_heads, heads / kv_heads * count, width]);
+        let (query, dy) = (stacked(&query, width), stacked(&dy, value_width));
+        let weights = weights(query.clone(), key.clone(), &span);
+        let d_weights = dy.clone().matmul(value.swap_dims(2, 3));
+        let mean = (weights.clone() * d_weights.clone()).sum_dim(3);
+        let d_scores = weights.clone() * (d_weights - mean);
+        add_at(&mut d_value, span.first_key, weights.swap_dims(2, 3).matmul(dy));
+        add_at(&mut d_key, span.first_key, d_scores.clone().swap_dims(2, 3).matmul(query));
+        d_queries.push(d_scores.matmul(key).reshape([samples, heads, count, width]));
+    }
+    let d_query = if d_queries.len() == 1 { d_queries.remove(0) } else { Tensor::cat(d_queries, 2) };
+    [d_query, d_key, d_value]
+}
+
+/// `into[:, :, first ..] += added`.
+fn add_at<B: Backend>(into: &mut Tensor<B, 4>, first: usize, added: Tensor<B, 4>) {
+    let [samples, heads, tokens, width] = added.dims();
+    let sum = into.clone().narrow(2, first, tokens) + added;
+    *into = into.clone().slice_assign([0..samples, 0..heads, first..first + tokens, 0..width], sum);
 }
 
 /// [`attend`] with queries in blocks of `step`.
@@ -176,17 +272,24 @@ impl Span {
 fn block<B: Backend>(query: Tensor<B, 4>, key: Tensor<B, 4>, value: Tensor<B, 4>, kv_heads: usize, span: &Span) -> Tensor<B, 4> {
     let [samples, heads, queries, width] = query.dims();
     let value_width = value.dims()[3];
-    let shared = heads / kv_heads;
     // Query heads that share a key head are rows of one product: larger products, and no repeated keys.
-    let query = query.reshape([samples, kv_heads, shared * queries, width]);
+    let query = query.reshape([samples, kv_heads, heads / kv_heads * queries, width]);
+    weights(query, key, span).matmul(value).reshape([samples, heads, queries, value_width])
+}
+
+/// What each query of a block gives to each key of its span, `[samples, kv_heads, shared · queries, keys]`; `query` is
+/// `[samples, kv_heads, shared · queries, width]`.
+fn weights<B: Backend>(query: Tensor<B, 4>, key: Tensor<B, 4>, span: &Span) -> Tensor<B, 4> {
+    let [samples, kv_heads, rows, _] = query.dims();
     let mut scores = query.matmul(key.swap_dims(2, 3));
     if let Some(mask) = span.mask() {
         // A mask is one row to all heads: flex adds a shared row ten times faster than a shared matrix.
-        let cells = queries * span.keys;
+        let cells = span.queries * span.keys;
         let mask = Tensor::<B, 2>::from_data(TensorData::new(mask, [1, cells]), &scores.device());
-        scores = (scores.reshape([samples * heads, cells]) + mask).reshape([samples, kv_heads, shared * queries, span.keys]);
+        let heads = samples * kv_heads * rows / span.queries;
+        scores = (scores.reshape([heads, cells]) + mask).reshape([samples, kv_heads, rows, span.keys]);
     }
-    softmax(scores, 3).matmul(value).reshape([samples, heads, queries, value_width])
+    softmax(scores, 3)
 }
 
 #[cfg(test)]
@@ -236,6 +339,36 @@ mod tests {
                     assert_eq!(y.dims(), [2 * tokens, 20]);
                     let error = distance(&values(y, "test").unwrap(), &expected);
                     assert!(error < 1e-6, "{tokens} tokens, window {window:?}, step {step}: {error:e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences_whatever_the_cut() {
+        let mut noise = Noise(6);
+        let qkv = [[2, 4, 7, 3], [2, 2, 11, 3], [2, 2, 11, 5]].map(|shape| random(&mut noise, shape));
+        let dy = random(&mut noise, [1, 1, 14, 20]).reshape([14, 20]);
+        let loss = |[q, k, v]: [Heads; 3], window| -> f64 {
+            let y = values(attend(q, k, v, window), "test").unwrap();
+            y.iter().zip(values(dy.clone(), "test").unwrap()).map(|(y, d)| f64::from(*y) * f64::from(d)).sum()
+        };
+        for window in [None, Some(4)] {
+            let whole = attend_backward_by(100, qkv.clone(), dy.clone(), window);
+            for which in 0..3 {
+                // Along the gradient itself the slope is its norm.
+                let norm = f64::from(whole[which].clone().powi_scalar(2).sum().sqrt().into_scalar());
+                let step = |by: f64| {
+                    let mut moved = qkv.clone();
+                    moved[which] = moved[which].clone() + whole[which].clone() * (by / norm);
+                    loss(moved, window)
+                };
+                let slope = (8.0 * (step(0.05) - step(-0.05)) - (step(0.1) - step(-0.1))) / 0.6;
+                assert!((slope / norm - 1.0).abs() < 1e-3, "{which}, window {window:?}: {slope} for {norm}");
+                for cut in [1, 2, 3] {
+                    let parts = attend_backward_by(cut, qkv.clone(), dy.clone(), window);
+                    let error = distance(&values(parts[which].clone(), "test").unwrap(), &values(whole[which].clone(), "test").unwrap());
+                    assert!(error < 1e-6, "{which}, window {window:?}, step {cut}: {error:e}");
                 }
             }
         }

@@ -36,6 +36,11 @@ impl<B: Backend> Head<B> {
         Ok(Self { norm, weight: as_stored(matrix, device), bias })
     }
 
+    /// Logits a row.
+    pub(crate) fn vocab(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
     /// The last norm, `[rows, hidden]`.
     pub fn norm(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         self.norm.apply(hidden)
@@ -48,6 +53,11 @@ impl<B: Backend> Head<B> {
             Some(bias) => logits + bias.clone().unsqueeze(),
             None => logits,
         }
+    }
+
+    /// The gradient at the last layer's output, `[rows, hidden]`, from that at its logits, `[rows, vocab]`.
+    pub(crate) fn backward(&self, hidden: Tensor<B, 2>, logits: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.norm.backward(hidden, logits.matmul(self.weight.clone()))
     }
 
     /// Logits of the last layer's output, `[rows, hidden]` to `[rows, vocab]`.

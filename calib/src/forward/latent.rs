@@ -5,7 +5,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::attention::{Pass, attend};
+use super::adjoint::{Adjoint, Frame, SiteRows};
+use super::attention::{Pass, attend, attend_backward};
 use super::linear::{Linear, Source};
 use super::norm::NormLayer;
 use crate::Result;
@@ -27,6 +28,16 @@ pub(super) struct LatentAttention<B: Backend> {
 enum Query<B: Backend> {
     Direct(Linear<B>),
     Compressed { a: Linear<B>, norm: NormLayer<B>, b: Linear<B> },
+}
+
+/// Gradients on the way back through the queries, or through keys and values.
+struct Path<B: Backend> {
+    /// At the rows that entered attention.
+    input: Tensor<B, 2>,
+    /// At the output of the matrix that reads them.
+    first: (Part, Tensor<B, 2>),
+    /// At the output of the matrix behind the norm, if there is one.
+    expanded: Option<(Part, Tensor<B, 2>)>,
 }
 
 impl<B: Backend> LatentAttention<B> {
@@ -97,5 +108,51 @@ impl<B: Backend> LatentAttention<B> {
         let y = self.kv_b.apply(compressed).reshape([samples, tokens, heads, nope_dim + value_dim]).swap_dims(1, 2);
         let key = Tensor::cat(vec![y.clone().narrow(3, 0, nope_dim), turned], 3);
         (key, y.narrow(3, nope_dim, value_dim))
+    }
+
+    /// From the rows `x` that entered and `dy`, the gradient at the output, both `[rows, hidden]`.
+    pub fn backward(&self, x: Tensor<B, 2>, dy: Tensor<B, 2>, frame: &Frame<'_, B>) -> Adjoint<B> {
+        let mut pass = Pass { rotary: frame.rotary, window: frame.window, cache: None, wants: &|_| true, seen: Vec::new() };
+        let query = self.queries(x.clone(), frame.shape, &mut pass) * self.shape.scale;
+        let (key, value) = self.keys_and_values(x.clone(), frame.shape, &mut pass);
+        let mixed = attend(query.clone(), key.clone(), value.clone(), frame.window);
+        let [query, key, value] = attend_backward([query, key, value], self.output.backward(dy.clone()), frame.window);
+        let query = self.queries_backward(&x, query * self.shape.scale, frame);
+        let kv = self.keys_and_values_backward(&x, [key, value], frame);
+        let expanded = query.expanded.into_iter().chain(kv.expanded);
+        let mut sites: Vec<_> =
+            pass.seen.into_iter().zip(expanded).map(|((site, rows), output)| SiteRows { site, rows, outputs: vec![output] }).collect();
+        sites.push(SiteRows { site: Site::AttentionIn, rows: x, outputs: vec![query.first, kv.first] });
+        sites.push(SiteRows { site: Site::AttentionOut, rows: mixed, outputs: vec![(Part::Output, dy)] });
+        Adjoint { input: query.input + kv.input, sites }
+    }
+
+    /// From `dy`, the gradient at the queries, `[samples, heads, tokens, nope + rope]`.
+    fn queries_backward(&self, x: &Tensor<B, 2>, dy: Tensor<B, 4>, frame: &Frame<'_, B>) -> Path<B> {
+        let Latent { heads, nope_dim, rope_dim, .. } = self.shape;
+        let turned = frame.rotary.backward(dy.clone().narrow(3, nope_dim, rope_dim));
+        let dz = Tensor::cat(vec![dy.narrow(3, 0, nope_dim), turned], 3).swap_dims(1, 2);
+        let dz = dz.reshape([x.dims()[0], heads * (nope_dim + rope_dim)]);
+        match &self.query {
+            Query::Direct(query) => Path { input: query.backward(dz.clone()), first: (Part::Query, dz), expanded: None },
+            Query::Compressed { a, norm, b } => {
+                let first = norm.backward(a.apply(x.clone()), b.backward(dz.clone()));
+                Path { input: a.backward(first.clone()), first: (Part::QueryA, first), expanded: Some((Part::QueryB, dz)) }
+            }
+        }
+    }
+
+    /// From the gradients at keys, `[samples, heads, tokens, nope + rope]`, and values, `[samples, heads, tokens, value]`.
+    fn keys_and_values_backward(&self, x: &Tensor<B, 2>, [key, value]: [Tensor<B, 4>; 2], frame: &Frame<'_, B>) -> Path<B> {
+        let Latent { heads, kv_rank, nope_dim, rope_dim, value_dim, .. } = self.shape;
+        let rows = x.dims()[0];
+        // The rotary key is one for all heads, so its gradient is the sum of theirs.
+        let turned = frame.rotary.backward(key.clone().narrow(3, nope_dim, rope_dim).sum_dim(1)).reshape([rows, rope_dim]);
+        let dz = Tensor::cat(vec![key.narrow(3, 0, nope_dim), value], 3).swap_dims(1, 2);
+        let dz = dz.reshape([rows, heads * (nope_dim + value_dim)]);
+        let compressed = self.kv_a.apply(x.clone()).narrow(1, 0, kv_rank);
+        let d_compressed = self.kv_norm.backward(compressed, self.kv_b.backward(dz.clone()));
+        let first = Tensor::cat(vec![d_compressed, turned], 1);
+        Path { input: self.kv_a.backward(first.clone()), first: (Part::KvA, first), expanded: Some((Part::KvB, dz)) }
     }
 }

@@ -2,6 +2,7 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use super::adjoint::{Adjoint, Frame};
 use super::attention::{GroupedAttention, Pass};
 use super::cache::LayerCache;
 use super::latent::LatentAttention;
@@ -31,8 +32,8 @@ pub struct DecoderLayer<B: Backend> {
     rope: Rope,
     input_norm: NormLayer<B>,
     attention: AttentionKind<B>,
-    post_norm: NormLayer<B>,
-    mlp: MlpKind<B>,
+    pub(crate) post_norm: NormLayer<B>,
+    pub(crate) mlp: MlpKind<B>,
 }
 
 #[derive(Clone, Debug)]
@@ -42,7 +43,7 @@ enum AttentionKind<B: Backend> {
 }
 
 #[derive(Clone, Debug)]
-enum MlpKind<B: Backend> {
+pub(crate) enum MlpKind<B: Backend> {
     Dense(GatedMlp<B>),
     Moe(Box<MoeBlock<B>>),
 }
@@ -56,7 +57,7 @@ struct Batch<'a, B: Backend> {
 }
 
 /// What one layer's run is done with.
-pub(super) struct Context<'a, B: Backend> {
+pub(crate) struct Context<'a, B: Backend> {
     pub weights: &'a dyn Weights,
     pub layer: usize,
     pub device: &'a B::Device,
@@ -164,7 +165,7 @@ impl<B: Backend> DecoderLayer<B> {
     }
 
     /// The first half: `x += attention(norm(x))`, batch by batch.
-    fn attend(&self, context: &Context<'_, B>, hidden: &mut [Tensor<B, 3>], caches: &mut [LayerCache<B>]) -> Result<()> {
+    pub(crate) fn attend(&self, context: &Context<'_, B>, hidden: &mut [Tensor<B, 3>], caches: &mut [LayerCache<B>]) -> Result<()> {
         let wants = |site| context.tap.wants(context.layer, site);
         let task = |Batch { index, x, cache, rotary }: Batch<'_, B>| {
             let mut pass = Pass { rotary: &rotary, window: self.window, cache, wants: &wants, seen: Vec::new() };
@@ -204,6 +205,19 @@ impl<B: Backend> DecoderLayer<B> {
             Batch { index, x: x.clone(), cache, rotary }
         };
         hidden.iter().enumerate().map(&mut batch).collect()
+    }
+
+    /// The gradient at a batch before attention, from the batch `x` as it entered and `gradient`, that after the residual sum,
+    /// all `[rows, hidden]`; and what passed attention's matrices.
+    pub(crate) fn attend_backward(&self, x: Tensor<B, 2>, gradient: Tensor<B, 2>, [samples, tokens]: [usize; 2]) -> Adjoint<B> {
+        let rotary = Rotary::new(&self.rope, 0, tokens, &x.device());
+        let frame = Frame { shape: [samples, tokens], rotary: &rotary, window: self.window };
+        let normed = self.input_norm.apply(x.clone());
+        let Adjoint { input, sites } = match &self.attention {
+            AttentionKind::Grouped(attention) => attention.backward(normed, gradient.clone(), &frame),
+            AttentionKind::Latent(attention) => attention.backward(normed, gradient.clone(), &frame),
+        };
+        Adjoint { input: gradient + self.input_norm.backward(x, input), sites }
     }
 
     /// Tells the tap that the sites of attention are done.

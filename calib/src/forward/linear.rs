@@ -12,13 +12,13 @@ use crate::{Error, Result, Weights};
 /// The product takes it as a transposed view: from 128 rows on that is as fast as a turned copy (70 to 83 GFLOP/s of one
 /// Xeon core either way, 256 to 14336 wide, 2026-11), and turning it would cost time and a second copy.
 #[derive(Clone, Debug)]
-pub(super) struct Linear<B: Backend> {
+pub(crate) struct Linear<B: Backend> {
     weight: Tensor<B, 2>,
     bias: Option<Tensor<B, 1>>,
 }
 
 /// Where a layer's tensors come from and go to.
-pub(super) struct Source<'a, B: Backend> {
+pub(crate) struct Source<'a, B: Backend> {
     pub weights: &'a dyn Weights,
     pub layer: usize,
     pub device: &'a B::Device,
@@ -85,6 +85,11 @@ impl<B: Backend> Linear<B> {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
         }
+    }
+
+    /// The gradient at the rows from `dz`, that at the outputs: `dz · W`.
+    pub fn backward(&self, dz: Tensor<B, 2>) -> Tensor<B, 2> {
+        dz.matmul(self.weight.clone().transpose())
     }
 }
 

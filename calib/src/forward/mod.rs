@@ -16,6 +16,7 @@
 //! **Bits do not depend on the number of threads.** Work is cut by shapes alone; the only sums that cross a cut are the
 //! experts' contributions to a row, and those are added in rising order of expert.
 
+mod adjoint;
 mod attention;
 mod batch;
 mod cache;
@@ -36,13 +37,17 @@ mod tap;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub(crate) use adjoint::{Adjoint, SiteRows};
 pub use batch::{BATCH_TOKENS, embed, rows};
 pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
 pub use head::Head;
+pub(crate) use layer::{Context, MlpKind};
 pub use layer::{DecoderLayer, Experts, decoder_layer};
 pub use memory::{Samples, peak_bytes};
 pub(crate) use moe::CHUNK;
 pub use moe::values;
+pub(crate) use moe::{GatedMlp, Load, MlpAdjoint, MoeBlock, Output, SharedExpert, accumulate, add, blocks, expert, gather, pieces, starts};
 pub use parallel::Options;
+pub(crate) use parallel::{in_blocks, together};
 pub use tap::{NoTap, Routed, Routing, Tap};

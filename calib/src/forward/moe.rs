@@ -2,6 +2,7 @@
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation::sigmoid, activation::silu, backend::Backend};
 
+use super::adjoint::SiteRows;
 use super::layer::{Context, Experts};
 use super::linear::{Linear, Source, check};
 use super::parallel::{in_blocks, on_cpu, together};
@@ -15,7 +16,7 @@ pub(crate) const CHUNK: usize = 8192;
 
 /// `W_d (silu(W_g x) ⊙ (W_u x))`.
 #[derive(Clone, Debug)]
-pub(super) struct GatedMlp<B: Backend> {
+pub(crate) struct GatedMlp<B: Backend> {
     gate: Linear<B>,
     up: Linear<B>,
     down: Linear<B>,
@@ -40,6 +41,35 @@ impl<B: Backend> GatedMlp<B> {
     /// The down projection, `[rows, hidden]`.
     pub fn down(&self, activation: Tensor<B, 2>) -> Tensor<B, 2> {
         self.down.apply(activation)
+    }
+
+    /// From the rows `x` that entered and `dy`, the gradient at the weighted output, both `[rows, hidden]`; `weights` is what
+    /// the output is multiplied by, `[rows, 1]`. `sites` name the rows, `part` the matrices.
+    pub fn backward(
+        &self,
+        x: Tensor<B, 2>,
+        dy: Tensor<B, 2>,
+        weights: Option<Tensor<B, 2>>,
+        (sites, part): ([Site; 2], impl Fn(Projection) -> Part),
+    ) -> MlpAdjoint<B> {
+        let (gate, up) = (self.gate.apply(x.clone()), self.up.apply(x.clone()));
+        let silu = silu(gate.clone());
+        let activation = silu.clone() * up.clone();
+        let unweighted = self.down.backward(dy.clone());
+        let weight = (unweighted.clone() * activation.clone()).sum_dim(1);
+        let (dy, d_activation) = match weights {
+            Some(weights) => (dy * weights.clone(), unweighted * weights),
+            None => (dy, unweighted),
+        };
+        // silu'(g) = σ + g·σ·(1 − σ) = σ + silu·(1 − σ)
+        let sigmoid = sigmoid(gate);
+        let slope = sigmoid.clone() + silu.clone() * (sigmoid.neg() + 1.0);
+        let (d_gate, d_up) = (d_activation.clone() * up * slope, d_activation * silu);
+        let input = self.gate.backward(d_gate.clone()) + self.up.backward(d_up.clone());
+        let outputs = vec![(part(Projection::Gate), d_gate), (part(Projection::Up), d_up)];
+        let enter = SiteRows { site: sites[0], rows: x, outputs };
+        let down = SiteRows { site: sites[1], rows: activation, outputs: vec![(part(Projection::Down), dy)] };
+        MlpAdjoint { input, weight, sites: [enter, down] }
     }
 
     /// Runs every row of every batch, shows the rows at the two sites, and hands each batch's output to `then`.
@@ -79,39 +109,49 @@ fn activate<B: Backend>([gate, up]: [Tensor<B, 2>; 2]) -> Tensor<B, 2> {
     silu(gate) * up
 }
 
+/// What a gated MLP gives on the way back.
+pub(crate) struct MlpAdjoint<B: Backend> {
+    /// The gradient at the rows that entered, `[rows, hidden]`.
+    pub input: Tensor<B, 2>,
+    /// The gradient at the weight of each row, `[rows, 1]`.
+    pub weight: Tensor<B, 2>,
+    /// What entered gate and up, and what entered down.
+    pub sites: [SiteRows<B>; 2],
+}
+
 /// A block of routed experts.
 #[derive(Clone, Debug)]
-pub(super) struct MoeBlock<B: Backend> {
-    moe: Moe,
-    router: Linear<B>,
-    correction: Option<Vec<f32>>,
-    shared: Option<SharedExpert<B>>,
+pub(crate) struct MoeBlock<B: Backend> {
+    pub(crate) moe: Moe,
+    pub(crate) router: Linear<B>,
+    pub(crate) correction: Option<Vec<f32>>,
+    pub(crate) shared: Option<SharedExpert<B>>,
     /// All routed experts, where they are held.
     resident: Option<Vec<GatedMlp<B>>>,
 }
 
 /// An expert that every token passes.
 #[derive(Clone, Debug)]
-struct SharedExpert<B: Backend> {
-    mlp: GatedMlp<B>,
-    gate: Option<Linear<B>>,
+pub(crate) struct SharedExpert<B: Backend> {
+    pub(crate) mlp: GatedMlp<B>,
+    pub(crate) gate: Option<Linear<B>>,
 }
 
 /// The rows that an expert was given.
 #[derive(Clone, Debug, Default)]
-struct Load {
-    tokens: Vec<u32>,
-    weights: Vec<f32>,
+pub(crate) struct Load {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) weights: Vec<f32>,
 }
 
 /// A chunk of an expert's weighted output, and the rows that it belongs to.
-struct Output<B: Backend> {
-    pieces: Vec<Piece>,
-    rows: Tensor<B, 2>,
+pub(crate) struct Output<B: Backend> {
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) rows: Tensor<B, 2>,
 }
 
 /// Consecutive rows of a chunk that lie in one batch.
-struct Piece {
+pub(crate) struct Piece {
     batch: usize,
     /// Rows within the batch, rising.
     rows: Vec<i32>,
@@ -155,7 +195,7 @@ impl<B: Backend> MoeBlock<B> {
     }
 
     /// Routes all rows; the rows of each expert.
-    fn choose(&self, context: &Context<'_, B>, normed: &[Tensor<B, 2>]) -> Result<Vec<Load>> {
+    pub(crate) fn choose(&self, context: &Context<'_, B>, normed: &[Tensor<B, 2>]) -> Result<Vec<Load>> {
         let mut loads = vec![Load::default(); self.moe.experts];
         let starts = starts(normed);
         let task = |(index, x): (usize, &Tensor<B, 2>)| {
@@ -245,7 +285,7 @@ fn correction<B: Backend>(source: &Source<'_, B>, moe: &Moe) -> Result<Vec<f32>>
 }
 
 /// Reads one routed expert.
-fn expert<B: Backend>(source: &Source<'_, B>, moe: &Moe, expert: usize) -> Result<GatedMlp<B>> {
+pub(crate) fn expert<B: Backend>(source: &Source<'_, B>, moe: &Moe, expert: usize) -> Result<GatedMlp<B>> {
     GatedMlp::load(source, |projection| Part::Expert(expert, projection), moe.inner)
 }
 
@@ -261,7 +301,7 @@ pub fn values<B: Backend, const D: usize>(x: Tensor<B, D>, what: &'static str) -
 }
 
 /// First row of each batch over all samples.
-fn starts<B: Backend>(batches: &[Tensor<B, 2>]) -> Vec<usize> {
+pub(crate) fn starts<B: Backend>(batches: &[Tensor<B, 2>]) -> Vec<usize> {
     let mut next = 0;
     let mut starts = Vec::with_capacity(batches.len());
     for batch in batches {
@@ -285,7 +325,7 @@ fn assign(routing: &Routing, loads: &mut [Load]) {
 
 /// Cuts the experts, in order, into blocks of at most `in_flight` that together were given no more than `cap` rows, or one
 /// expert. With all rows as the cap, the outputs that wait are at most one more copy of the hidden states.
-fn blocks(loads: &[Load], in_flight: usize, cap: usize) -> Vec<Vec<usize>> {
+pub(crate) fn blocks(loads: &[Load], in_flight: usize, cap: usize) -> Vec<Vec<usize>> {
     let mut blocks: Vec<Vec<usize>> = Vec::new();
     let mut rows = 0;
     for (expert, load) in loads.iter().enumerate() {
@@ -302,7 +342,7 @@ fn blocks(loads: &[Load], in_flight: usize, cap: usize) -> Vec<Vec<usize>> {
 }
 
 /// Cuts rising rows over all samples at the bounds of the batches.
-fn pieces(tokens: &[u32], starts: &[usize]) -> Vec<Piece> {
+pub(crate) fn pieces(tokens: &[u32], starts: &[usize]) -> Vec<Piece> {
     let mut pieces: Vec<Piece> = Vec::new();
     for &token in tokens {
         let batch = starts.partition_point(|&start| start <= token as usize) - 1;
@@ -321,13 +361,13 @@ fn index<B: Backend>(rows: &[i32], device: &B::Device) -> Tensor<B, 1, Int> {
 }
 
 /// Collects the rows of the pieces, `[rows, hidden]`.
-fn gather<B: Backend>(batches: &[Tensor<B, 2>], pieces: &[Piece], device: &B::Device) -> Tensor<B, 2> {
+pub(crate) fn gather<B: Backend>(batches: &[Tensor<B, 2>], pieces: &[Piece], device: &B::Device) -> Tensor<B, 2> {
     let mut parts: Vec<_> = pieces.iter().map(|piece| batches[piece.batch].clone().select(0, index(&piece.rows, device))).collect();
     if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 0) }
 }
 
 /// Adds an expert's output to the rows that it belongs to.
-fn add<B: Backend>(output: Output<B>, residual: &mut [Tensor<B, 2>], mut shown: Option<&mut [Tensor<B, 2>]>) -> Result<()> {
+pub(crate) fn add<B: Backend>(output: Output<B>, residual: &mut [Tensor<B, 2>], mut shown: Option<&mut [Tensor<B, 2>]>) -> Result<()> {
     let mut first = 0;
     for piece in &output.pieces {
         let values = output.rows.clone().narrow(0, first, piece.rows.len());
@@ -364,7 +404,7 @@ fn scatter<B: Backend>(into: &mut Tensor<B, 2>, rows: &[i32], added: Tensor<B, 2
 }
 
 /// `into += added`, in place.
-pub(super) fn accumulate<B: Backend>(into: &mut Tensor<B, 2>, added: Tensor<B, 2>) {
+pub(crate) fn accumulate<B: Backend>(into: &mut Tensor<B, 2>, added: Tensor<B, 2>) {
     let device = into.device();
     let target = std::mem::replace(into, Tensor::empty([1, 1], &device));
     *into = target + added;

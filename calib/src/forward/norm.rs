@@ -6,7 +6,7 @@ use crate::arch::NormKind;
 
 /// A norm with its gain, and its bias where it is a LayerNorm.
 #[derive(Clone, Debug)]
-pub(super) struct NormLayer<B: Backend> {
+pub(crate) struct NormLayer<B: Backend> {
     gain: Tensor<B, 1>,
     bias: Option<Tensor<B, 1>>,
     eps: f64,
@@ -30,18 +30,35 @@ impl<B: Backend> NormLayer<B> {
 
     /// Normalizes the last axis.
     pub fn apply<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
-        let x = match self.kind() {
-            NormKind::Rms => x,
-            NormKind::Layer => {
-                let mean = x.clone().mean_dim(D - 1);
-                x - mean
-            }
-        };
+        let x = self.centered(x);
         let variance = (x.clone() * x.clone()).mean_dim(D - 1);
         let y = x * variance.add_scalar(self.eps).sqrt().recip() * self.gain.clone().unsqueeze();
         match &self.bias {
             Some(bias) => y + bias.clone().unsqueeze(),
             None => y,
+        }
+    }
+
+    /// The gradient at `x` from `dy`, that at the output.
+    ///
+    /// With `g = gain ⊙ dy` and `s = 1 / sqrt(mean(x²) + eps)`: `dx = s · (g − x · s² · mean(x ⊙ g))`; a LayerNorm takes the
+    /// mean off `x` before it, and so off `dx` after it.
+    pub fn backward<const D: usize>(&self, x: Tensor<B, D>, dy: Tensor<B, D>) -> Tensor<B, D> {
+        let x = self.centered(x);
+        let g = dy * self.gain.clone().unsqueeze();
+        let variance = (x.clone() * x.clone()).mean_dim(D - 1).add_scalar(self.eps);
+        let along = (x.clone() * g.clone()).mean_dim(D - 1) / variance.clone();
+        self.centered((g - x * along) * variance.sqrt().recip())
+    }
+
+    /// What a LayerNorm does first.
+    fn centered<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        match self.kind() {
+            NormKind::Rms => x,
+            NormKind::Layer => {
+                let mean = x.clone().mean_dim(D - 1);
+                x - mean
+            }
         }
     }
 }

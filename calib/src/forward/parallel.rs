@@ -24,17 +24,17 @@ impl Options {
 }
 
 /// Whether tensors of this backend lie in the host's memory, so that reading them copies nothing.
-pub(super) fn on_cpu<B: Backend>() -> bool {
+pub(crate) fn on_cpu<B: Backend>() -> bool {
     TypeId::of::<B>() == TypeId::of::<Cpu>()
 }
 
 /// Runs `task` over a block of items, at the same time where there is more than one; results in the items' order.
-pub(super) fn together<T: Send, R: Send>(block: Vec<T>, task: impl Fn(T) -> Result<R> + Sync) -> Result<Vec<R>> {
+pub(crate) fn together<T: Send, R: Send>(block: Vec<T>, task: impl Fn(T) -> Result<R> + Sync) -> Result<Vec<R>> {
     if block.len() == 1 { block.into_iter().map(&task).collect() } else { block.into_par_iter().map(&task).collect() }
 }
 
 /// Runs `task` over all items, `in_flight` at a time, and hands each result to `then` in the items' order.
-pub(super) fn in_blocks<T: Send, R: Send>(
+pub(crate) fn in_blocks<T: Send, R: Send>(
     in_flight: usize,
     items: impl IntoIterator<Item = T>,
     task: impl Fn(T) -> Result<R> + Sync,

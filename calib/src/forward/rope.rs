@@ -9,7 +9,7 @@ use crate::arch::{Pairing, Rope};
 
 /// Cosines and sines of consecutive positions.
 #[derive(Clone, Debug)]
-pub(super) struct Rotary<B: Backend> {
+pub(crate) struct Rotary<B: Backend> {
     /// `[1, tokens · dim / 2]`: one row to all heads, which flex multiplies faster than a shared matrix.
     cos: Tensor<B, 2>,
     /// `[1, tokens · dim / 2]`.
@@ -42,6 +42,21 @@ impl<B: Backend> Rotary<B> {
         let second = b * cos + a * sin;
         Tensor::cat(vec![first, second].into_iter().map(|x| x.reshape([samples, heads, tokens, dim / 2])).collect(), 3)
     }
+
+    /// The gradient before the turn from `dy`, that after it: each pair is turned back, and stands where it came from.
+    pub fn backward(&self, dy: Tensor<B, 4>) -> Tensor<B, 4> {
+        let [samples, heads, tokens, dim] = dy.dims();
+        let half = |first| dy.clone().narrow(3, first, dim / 2).reshape([samples * heads, tokens * dim / 2]);
+        let (a, b) = (half(0), half(dim / 2));
+        let (cos, sin) = (self.cos.clone(), self.sin.clone());
+        let first = a.clone() * cos.clone() + b.clone() * sin.clone();
+        let second = b * cos - a * sin;
+        let x = Tensor::cat(vec![first, second].into_iter().map(|x| x.reshape([samples, heads, tokens, dim / 2])).collect(), 3);
+        match self.pairing {
+            Pairing::HalfSplit => x,
+            Pairing::Interleaved => x.reshape([samples, heads, tokens, 2, dim / 2]).swap_dims(3, 4).reshape([samples, heads, tokens, dim]),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -66,6 +81,18 @@ mod tests {
         let (c, s) = (0.2_f32.cos(), 0.2_f32.sin());
         let expected = [2.0_f32.cos(), c - 2.0 * s, 2.0_f32.sin(), 2.0 * c + s];
         assert!(y.iter().zip(expected).all(|(y, e)| (y - e).abs() < 1e-6), "{y:?} {expected:?}");
+    }
+
+    #[test]
+    fn a_turn_back_is_the_inverse_of_a_turn() {
+        // A rotation's derivative is its transpose, which is its inverse where the factor on cosine and sine is 1.
+        for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
+            let x = Tensor::<Cpu, 4>::from_data([[[[1.0, -2.0, 3.0, 0.5], [0.3, 4.0, -1.0, 2.0]]]], &Default::default());
+            let rotary = Rotary::new(&rope(pairing), 3, 2, &Default::default());
+            let back = rotary.backward(rotary.apply(x.clone()));
+            let error: f32 = (back - x).abs().max().into_scalar();
+            assert!(error < 1e-6, "{pairing:?}: {error:e}");
+        }
     }
 
     #[test]

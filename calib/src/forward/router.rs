@@ -122,18 +122,76 @@ fn best(scores: &[f32], count: usize) -> Vec<usize> {
 /// SparseMixer at evaluation (arXiv 2409.12136): two experts, each the best of what is left, each weighed by a softmax over
 /// the logits that lie within `2 · jitter` of it, relatively. The two weights do not add up to 1.
 fn sparse_mixer(logits: &[f32], jitter: f32) -> (Vec<usize>, Vec<f32>) {
+    let picks = sparse_mixer_picks(logits, jitter);
+    picks.into_iter().map(|(first, p)| (first, p[first])).unzip()
+}
+
+/// The two experts, each with the softmax that it was weighed by.
+fn sparse_mixer_picks(logits: &[f32], jitter: f32) -> [(usize, Vec<f32>); 2] {
     let mut left = logits.to_vec();
     let mut pick = || {
         let first = best(&left, 1)[0];
         let largest = left[first];
         let near = |z: f32| (largest - z) / z.abs().max(largest) <= 2.0 * jitter || z == largest;
         let kept: Vec<f32> = left.iter().zip(logits).map(|(&l, &z)| if near(z) { l } else { f32::NEG_INFINITY }).collect();
-        let weight = softmax(&kept)[first];
         left[first] = f32::NEG_INFINITY;
-        (first, weight)
+        (first, softmax(&kept))
     };
-    let (first, second) = (pick(), pick());
-    (vec![first.0, second.0], vec![first.1, second.1])
+    [pick(), pick()]
+}
+
+/// The gradient at the logits, `[rows, experts]`, from `d_weights`, that at the final routing weights, `[rows, top_k]`. The
+/// choice itself has none.
+pub(crate) fn backward(moe: &Moe, routing: &Routing, d_weights: &[f32]) -> Vec<f32> {
+    let (experts, top_k) = (routing.experts, routing.top_k);
+    let row = |i: usize| {
+        let (logits, scores) = (&routing.logits[i * experts..][..experts], &routing.scores[i * experts..][..experts]);
+        let (chosen, d_weights) = (&routing.chosen[i * top_k..][..top_k], &d_weights[i * top_k..][..top_k]);
+        let d_scores = || weights_backward(&moe.router, scores, chosen, d_weights);
+        match moe.router.score {
+            Score::Softmax => softmax_backward(scores, &d_scores()),
+            Score::Sigmoid => scores.iter().map(|&s| f64::from(s)).zip(d_scores()).map(|(s, d)| d * s * (1.0 - s)).collect(),
+            Score::SparseMixer { jitter } => sparse_mixer_backward(logits, jitter, d_weights),
+        }
+    };
+    (0..routing.rows).flat_map(row).map(|d| d as f32).collect()
+}
+
+/// The gradient at the logits of one row from that at its two weights, each of which has a softmax of its own.
+fn sparse_mixer_backward(logits: &[f32], jitter: f32, d_weights: &[f32]) -> Vec<f64> {
+    let mut d = vec![0.0; logits.len()];
+    for ((first, p), &d_weight) in sparse_mixer_picks(logits, jitter).iter().zip(d_weights) {
+        let mut d_scores = vec![0.0; logits.len()];
+        d_scores[*first] = f64::from(d_weight);
+        d.iter_mut().zip(softmax_backward(p, &d_scores)).for_each(|(d, more)| *d += more);
+    }
+    d
+}
+
+/// The gradient at the scores of one row from that at its weights.
+///
+/// With the chosen scores `s`, `S = Σ s + eps` and the factor `a`: the weights are `w = a·s / S`, so
+/// `ds = a / S · (dw − Σ dw·s / S)`; without renormalization `ds = a·dw`.
+fn weights_backward(router: &Router, scores: &[f32], chosen: &[u32], d_weights: &[f32]) -> Vec<f64> {
+    let mut d_scores = vec![0.0; scores.len()];
+    let pairs = || chosen.iter().zip(d_weights).map(|(&e, &d)| (e as usize, f64::from(scores[e as usize]), f64::from(d)));
+    let (sum, mean) = match router.renormalize {
+        Some(eps) => {
+            let sum = pairs().map(|(_, s, _)| s).sum::<f64>() + f64::from(eps);
+            (sum, pairs().map(|(_, s, d)| s * d).sum::<f64>() / sum)
+        }
+        None => (1.0, 0.0),
+    };
+    for (expert, _, d) in pairs() {
+        d_scores[expert] = f64::from(router.scale) / sum * (d - mean);
+    }
+    d_scores
+}
+
+/// `dz = p ⊙ (dp − Σ p·dp)`.
+fn softmax_backward(p: &[f32], d: &[f64]) -> Vec<f64> {
+    let mean: f64 = p.iter().zip(d).map(|(&p, d)| f64::from(p) * d).sum();
+    p.iter().zip(d).map(|(&p, d)| f64::from(p) * (d - mean)).collect()
 }
 
 #[cfg(test)]
@@ -151,6 +209,31 @@ mod tests {
 
     fn close(a: &[f32], b: &[f32]) -> bool {
         a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6)
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let logits = [0.3, 1.4, -0.7, 1.1, 0.9, 1.3];
+        let d_weights = [0.7, -1.3];
+        let mut cases = vec![moe(6, 2, Score::Softmax), moe(6, 2, Score::Sigmoid), moe(6, 2, Score::SparseMixer { jitter: 0.2 })];
+        for case in 0..2 {
+            let mut normed = cases[case].clone();
+            (normed.router.renormalize, normed.router.scale) = (Some(0.1), 2.5);
+            cases.push(normed);
+        }
+        for moe in cases {
+            let value = |expert: usize, by: f32| {
+                let mut logits = logits;
+                logits[expert] += by;
+                let weights = run(&moe, None, &logits).weights;
+                weights.iter().zip(d_weights).map(|(w, d)| f64::from(*w) * f64::from(d)).sum::<f64>()
+            };
+            let found = backward(&moe, &run(&moe, None, &logits), &d_weights);
+            for (expert, d) in found.iter().enumerate() {
+                let slope = (8.0 * (value(expert, 0.01) - value(expert, -0.01)) - value(expert, 0.02) + value(expert, -0.02)) / 0.12;
+                assert!((slope - f64::from(*d)).abs() < 1e-4, "{:?}, expert {expert}: {d} for {slope}", moe.router);
+            }
+        }
     }
 
     #[test]

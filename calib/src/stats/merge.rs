@@ -69,7 +69,15 @@ mod tests {
         let domains = domains.iter().map(|d| (*d).to_owned()).collect();
         let samples = Samples { domains, tokens: ids[0].len(), ids: ids.to_vec(), domain: domain.to_vec() };
         let calibrate = Calibrate::over(vec![]);
-        let pass = Pass { weights: table, fingerprint: "m", samples: &samples, calibrate: &calibrate, store: &store, progress: &Quiet };
+        let pass = Pass {
+            weights: table,
+            fingerprint: "m",
+            samples: &samples,
+            calibrate: &calibrate,
+            store: &store,
+            watch: None,
+            progress: &Quiet,
+        };
         run(&pass, Device::Cpu).unwrap();
         store
     }

@@ -6,12 +6,14 @@
 //!
 //! [`RouterSums`]: what the router chose and with what weight. [`OutputSums`]: what the experts' outputs were.
 //! [`BlockSums`]: what the block changes. [`ChannelSums`]: the size of each input channel of each Linear matrix.
-//! [`GateSums`]: what an error before the activation weighs behind it. [`Similarity`]: how alike experts are. [`Moment`]: `Σ x xᵀ` of one site, which is made,
-//! used and dropped within a layer, because all of a model's are too large to be files. [`store`]: the rest as files.
+//! [`GateSums`]: what an error before the activation weighs behind it. [`Similarity`]: how alike experts are. [`Moment`]: `Σ x xᵀ`
+//! of one site, which is made, used and dropped within a layer, because all of a model's are too large to be files.
+//! [`end_loss`]: what a change of weights costs at the end of the model, from a backward pass. [`store`]: the rest as files.
 
 mod block;
 mod channels;
 mod coverage;
+pub mod end_loss;
 mod fields;
 mod gates;
 mod merge;

@@ -208,13 +208,14 @@ fn read(from: &Fields) -> Option<LayerStats> {
         }),
         false => None,
     };
-    let channels = from.between("channels.", ".tokens").map(|name| Some((site(name)?, Stored::read(&format!("channels.{name}."), from)?)));
-    let gates = from.between("gates.", ".weight").map(|name| Some((site(name)?, Stored::read(&format!("gates.{name}."), from)?)));
+    let channels =
+        from.between("channels.", ".tokens").map(|name| Some((site_of(name)?, Stored::read(&format!("channels.{name}."), from)?)));
+    let gates = from.between("gates.", ".weight").map(|name| Some((site_of(name)?, Stored::read(&format!("gates.{name}."), from)?)));
     Some(LayerStats { experts, channels: channels.collect::<Option<_>>()?, gates: gates.collect::<Option<_>>()? })
 }
 
 /// The site of a name, as [`Site`] displays it.
-fn site(name: &str) -> Option<Site> {
+pub(super) fn site_of(name: &str) -> Option<Site> {
     let fixed =
         [Site::AttentionIn, Site::QueryB, Site::KvB, Site::AttentionOut, Site::DenseIn, Site::DenseDown, Site::SharedIn, Site::SharedDown];
     fixed.into_iter().find(|site| site.to_string() == name).or_else(|| {
@@ -299,8 +300,8 @@ mod tests {
     #[test]
     fn sites_are_named_as_they_are_shown() {
         for site in [Site::QueryB, Site::DenseIn, Site::ExpertIn(0), Site::ExpertDown(127)] {
-            assert_eq!(super::site(&site.to_string()), Some(site));
+            assert_eq!(site_of(&site.to_string()), Some(site));
         }
-        assert_eq!(super::site("expert.x.in"), None);
+        assert_eq!(site_of("expert.x.in"), None);
     }
 }

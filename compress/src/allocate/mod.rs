@@ -1,42 +1,86 @@
-//! Which width every matrix gets: sensitivity × options → losses, a program over them, what a runtime can load.
+//! Which width every matrix gets: sensitivity × choices → losses, a program over them, what a runtime can load.
 //!
-//! A plan still gives one width to all ([`Allocate::bits`]): a recipe may already name the other budgets, and is told that they
-//! cannot be solved yet.
+//! [`sensitivity`] says what a width is predicted to cost a matrix, [`constraints`] which matrices must share one and which widths there
+//! are, [`program`] finds the widths with the least total loss within a number of bytes, and [`decide`](decide::decide) joins the three.
 
+pub mod constraints;
+pub mod decide;
 mod glob;
 pub mod hull;
+mod knobs;
 pub mod pmq;
 pub mod program;
+pub mod sensitivity;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use std::borrow::Cow;
-use std::fmt;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
+pub use constraints::{Constraints, GateUp, Matrix, Packed, Runtime};
+pub use decide::{Account, Decision, Undecided};
 pub use glob::Glob;
+pub use knobs::{Choice, ChoiceKnob, Cost, Fill, GroupKnob, Limits, Size};
+
+use crate::quantize::Grid;
 
 /// Widths: a budget, of which there is exactly one, and what is left out.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Allocate {
-    /// One width for every quantized matrix, 2 to 8 bits a code.
+    /// One width for every quantized matrix, bits a code.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits: Option<u8>,
-    /// Stored bits a quantized weight, scales counted, shared out over the matrices. Not built yet.
+    /// Stored bits a quantized weight, scales and zeros counted, shared out over the matrices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bits_per_weight: Option<f64>,
-    /// Bytes of what is quantized, such as "55GB". Not built yet.
+    /// Bytes of what is quantized, such as "55GB", shared out over the matrices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bytes: Option<String>,
-    /// Bytes of the whole output, such as "60GB". Not built yet.
+    pub bytes: Option<Size>,
+    /// Bytes of the weight files of the compressed-tensors export, such as "60GB".
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub file: Option<String>,
+    pub file: Option<Size>,
+    /// The widths that a budget may choose from: bits, or `{ bits = 2, group = 32, grid = "asym" }`.
+    #[serde(default = "choices")]
+    pub choices: Vec<ChoiceKnob>,
     /// Inputs that share a scale: a number that divides every quantized matrix's inputs, or "channel" for whole rows.
     #[serde(default)]
     pub group: GroupKnob,
+    /// Where zero lies between the codes: compressed-tensors holds `sym` and `asym`, the dense export all.
+    #[serde(default = "grid")]
+    pub grid: Grid,
+    /// What is to load the result, and so which matrices must share a width. Needed for a budget with an export of
+    /// compressed-tensors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runtime: Option<Runtime>,
+    /// Gate and up of an expert each get a width of their own where `native` would tie them.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub untied: bool,
+    /// Fewest bits, by role.
+    #[serde(default, skip_serializing_if = "Limits::is_empty")]
+    pub min_bits: Limits,
+    /// Most bits, by role.
+    #[serde(default, skip_serializing_if = "Limits::is_empty")]
+    pub max_bits: Limits,
+    /// What a width is predicted to cost.
+    #[serde(default)]
+    pub cost: Cost,
+    /// How much of the table of costs is solved.
+    #[serde(default)]
+    pub fill: Fill,
     /// Matrices that keep the source's dtype: globs over module or tensor names (`*` any run of characters, `?` one).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude: Vec<String>,
+}
+
+fn choices() -> Vec<ChoiceKnob> {
+    [2, 3, 4, 5, 6, 8].map(ChoiceKnob::Bits).into()
+}
+
+fn grid() -> Grid {
+    Grid::Sym
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// The four budgets, of which a recipe names exactly one.
@@ -49,72 +93,29 @@ impl Allocate {
         BUDGETS.into_iter().zip(set).filter_map(|(key, set)| set.then_some(key)).collect()
     }
 
+    /// Whether widths are shared out by a program.
+    pub fn is_mixed(&self) -> bool {
+        self.bits.is_none()
+    }
+
+    /// The widths that a matrix may get: the one of `bits`, or `choices`.
+    pub fn options(&self) -> Vec<Choice> {
+        let whole = |knob: &ChoiceKnob| knob.whole(self.group.0, self.grid);
+        match self.bits {
+            Some(bits) => vec![Choice { bits, group: self.group.0, grid: self.grid }],
+            None => self.choices.iter().map(whole).collect(),
+        }
+    }
+
+    /// What limits the choices.
+    pub fn constraints(&self) -> Constraints {
+        let gate_up = if self.untied { GateUp::Untied } else { GateUp::Tied };
+        Constraints { runtime: self.runtime, gate_up, least: self.min_bits, most: self.max_bits }
+    }
+
     /// The patterns of `exclude`.
     pub fn globs(&self) -> Vec<Glob> {
         self.exclude.iter().map(|pattern| Glob::new(pattern)).collect()
-    }
-}
-
-/// The group as a recipe writes it: `128` or `"channel"`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GroupKnob(pub kernels::Group);
-
-impl Default for GroupKnob {
-    fn default() -> Self {
-        Self(kernels::Group::Size(128))
-    }
-}
-
-impl Serialize for GroupKnob {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self.0 {
-            kernels::Group::Size(size) => serializer.serialize_u64(size as u64),
-            kernels::Group::PerChannel => serializer.serialize_str("channel"),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for GroupKnob {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(GroupVisitor)
-    }
-}
-
-struct GroupVisitor;
-
-impl de::Visitor<'_> for GroupVisitor {
-    type Value = GroupKnob;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a group size of at least 1, or \"channel\"")
-    }
-
-    fn visit_i64<E: de::Error>(self, size: i64) -> Result<GroupKnob, E> {
-        match usize::try_from(size) {
-            Ok(size) if size > 0 => Ok(GroupKnob(kernels::Group::Size(size))),
-            _ => Err(E::invalid_value(de::Unexpected::Signed(size), &self)),
-        }
-    }
-
-    fn visit_u64<E: de::Error>(self, size: u64) -> Result<GroupKnob, E> {
-        self.visit_i64(i64::try_from(size).unwrap_or(i64::MAX))
-    }
-
-    fn visit_str<E: de::Error>(self, word: &str) -> Result<GroupKnob, E> {
-        match word {
-            "channel" => Ok(GroupKnob(kernels::Group::PerChannel)),
-            _ => Err(E::invalid_value(de::Unexpected::Str(word), &self)),
-        }
-    }
-}
-
-impl JsonSchema for GroupKnob {
-    fn schema_name() -> Cow<'static, str> {
-        "Group".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "oneOf": [{ "type": "integer", "minimum": 1 }, { "const": "channel" }] })
     }
 }
 

@@ -31,6 +31,7 @@ use calib::{Model, Weights};
 use rayon::prelude::*;
 
 pub use output::{contents_of, write};
+pub(crate) use tokens::boxed;
 
 use crate::plan::{Plan, Solver as Who};
 use crate::quantize::Quantizer;

@@ -77,7 +77,7 @@ impl<'a> Solver<'a> {
 }
 
 /// An error of ours on its way through the forward pass.
-pub(super) fn boxed(error: Error) -> calib::Error {
+pub(crate) fn boxed(error: Error) -> calib::Error {
     match error {
         Error::Calib(error) => error,
         other => calib::Error::Tap(Box::new(other)),

@@ -4,6 +4,7 @@
 
 mod shape;
 mod summary;
+mod widths;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,13 +13,15 @@ use calib::arch::{Part, Role};
 use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
-use crate::allocate::{Allocate, Glob};
+use crate::allocate::{Account, Choice};
 use crate::quantize::{self, Grid, Quantizer};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
 pub use shape::{Measured, Seen, Shape, Tensor};
 pub use summary::Summary;
+use widths::Widths;
+pub use widths::matrices;
 
 /// The version of [`Plan::schema`] that this program writes.
 pub const SCHEMA: u32 = 1;
@@ -35,6 +38,9 @@ pub struct Plan {
     pub corpus: Option<String>,
     /// The solver of every tensor whose action says `Solver::Planned`.
     pub quantizer: Option<Quantizer>,
+    /// How a program shared out the widths, where one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<Account>,
     /// One entry for every tensor of the checkpoint (FP8 companions folded away), by name.
     pub tensors: BTreeMap<String, Action>,
 }
@@ -100,20 +106,19 @@ pub enum Solver {
 ///
 /// # Errors
 ///
-/// [`Error::BudgetNotBuilt`] for a budget other than `bits`.
+/// [`Error::Undecided`] where no choice of widths meets the budget and the rules.
 pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Result<Plan> {
     let quantizer = recipe.quantize.clone();
-    let width = match (&quantizer, &recipe.allocate) {
-        (Some(quantizer), Some(allocate)) => Some(Width::of(quantizer, allocate)?),
+    let widths = match (&quantizer, &recipe.allocate) {
+        (Some(_), Some(allocate)) => Some(Widths::decide(allocate, shape, measured.and_then(|m| m.table.as_ref()))?),
         _ => None,
     };
-    let action = |tensor: &Tensor| match (tensor.role, &width, tensor.quantizable()) {
+    let solved = measured.filter(|_| quantizer.as_ref().is_some_and(Quantizer::needs_calibration));
+    let action = |tensor: &Tensor| match (tensor.role, widths.as_ref().and_then(|w| w.chosen.get(&tensor.name)), tensor.quantizable()) {
         (Role::Buffer, ..) => {
             Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
         }
-        (_, Some(width), Some((layer, part, _))) if !width.excludes(&tensor.name) => {
-            Action::Quantize(width.quantize(tensor, layer, part, measured))
-        }
+        (_, Some(choice), Some((layer, part, _))) => Action::Quantize(quantize(choice, tensor, layer, part, solved)),
         _ => Action::Keep,
     };
     Ok(Plan {
@@ -121,6 +126,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         model: shape.fingerprint.clone(),
         corpus: measured.map(|m| m.corpus.clone()),
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
+        allocation: widths.and_then(|w| w.account),
         quantizer,
     })
 }
@@ -134,43 +140,19 @@ pub fn read(path: &Path) -> Result<Plan> {
     serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })
 }
 
-/// The one width of a uniform plan.
-struct Width {
-    bits: u8,
-    group: Group,
-    exclude: Vec<Glob>,
-    calibrated: bool,
-}
-
-impl Width {
-    fn of(quantizer: &Quantizer, allocate: &Allocate) -> Result<Self> {
-        let budget = || Error::BudgetNotBuilt { budget: allocate.budgets().first().copied().unwrap_or("bits") };
-        Ok(Self {
-            bits: allocate.bits.ok_or_else(budget)?,
-            group: allocate.group.0,
-            exclude: allocate.globs(),
-            calibrated: quantizer.needs_calibration(),
-        })
-    }
-
-    fn excludes(&self, name: &str) -> bool {
-        self.exclude.iter().any(|glob| glob.matches(name))
-    }
-
-    fn quantize(&self, tensor: &Tensor, layer: usize, part: Part, measured: Option<&Measured>) -> Quantize {
-        let seen = measured
-            .filter(|_| self.calibrated)
-            .map(|m| part.site().and_then(|site| m.sites.get(&(layer, site)).copied()).unwrap_or_default());
-        let solver = match (seen, part) {
-            (Some(Seen { rows: 0, .. }), Part::Expert(expert, _)) => {
-                Solver::Rounded { reason: format!("no calibration token reached expert {expert} of layer {layer}") }
-            }
-            (Some(Seen { rows: 0, .. }), _) => Solver::Rounded { reason: "no calibration token reached it".into() },
-            _ => Solver::Planned,
-        };
-        let dead_channels = seen.filter(|seen| seen.rows > 0).map_or(0, |seen| seen.dead);
-        Quantize { bits: self.bits, group: self.group, grid: Grid::Sym, scale: tensor.scale, solver, dead_channels }
-    }
+/// What becomes of one matrix; `solved` is what calibration saw, where the quantizer solves against it.
+fn quantize(choice: &Choice, tensor: &Tensor, layer: usize, part: Part, solved: Option<&Measured>) -> Quantize {
+    let seen = solved.map(|m| part.site().and_then(|site| m.sites.get(&(layer, site)).copied()).unwrap_or_default());
+    let solver = match (seen, part) {
+        (Some(Seen { rows: 0, .. }), Part::Expert(expert, _)) => {
+            Solver::Rounded { reason: format!("no calibration token reached expert {expert} of layer {layer}") }
+        }
+        (Some(Seen { rows: 0, .. }), _) => Solver::Rounded { reason: "no calibration token reached it".into() },
+        _ => Solver::Planned,
+    };
+    let dead_channels = seen.filter(|seen| seen.rows > 0).map_or(0, |seen| seen.dead);
+    let Choice { bits, group, grid } = *choice;
+    Quantize { bits, group, grid, scale: tensor.scale, solver, dead_channels }
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -180,6 +162,7 @@ fn is_zero(n: &usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::allocate::sensitivity::Table;
     use calib::arch::{Projection, Site};
 
     fn recipe(quantizer: &str, exclude: &str) -> Recipe {
@@ -211,7 +194,7 @@ mod tests {
             ((0, Site::ExpertIn(1)), Seen { rows: 0, dead: 64 }),
             ((0, Site::AttentionIn), Seen { rows: 20, dead: 0 }),
         ];
-        Measured { corpus: "c".into(), sites: sites.into() }
+        Measured { corpus: "c".into(), sites: sites.into(), table: None }
     }
 
     #[test]
@@ -249,6 +232,38 @@ mod tests {
         assert_eq!((sum.bytes_kept, sum.dropped, sum.excluded), (256, 1, 0));
         // Gate and up of expert 0 share their three dead inputs.
         assert_eq!((sum.rounded_experts, sum.dead_channels), (1, 3));
+    }
+
+    fn mixed(budget: &str) -> Recipe {
+        let text = format!("schema = 1\n[quantize.gptq]\n[allocate]\n{budget}\ngroup = 32\nchoices = [2, 4, 8]\nexclude = ['d.*']\n");
+        toml::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn bytes_go_to_the_matrix_that_loses_most() {
+        let table = Table {
+            choices: mixed("bits_per_weight = 5").allocate.unwrap().options(),
+            losses: [("b.0.up.weight", 9.0), ("b.0.gate.weight", 1.0), ("b.1.up.weight", 0.0)]
+                .map(|(name, loss)| (name.to_owned(), vec![Some(loss), Some(loss / 16.0), Some(loss / 4096.0)]))
+                .into(),
+            ..Table::default()
+        };
+        let measured = Measured { table: Some(table), ..measured() };
+        // 32 rows of 64: 640, 1152 and 2176 bytes at 2, 4 and 8 bits. 5 bits of 3 · 2048 weights are 3840 bytes.
+        let plan = make(&mixed("bits_per_weight = 5"), &shape(), Some(&measured)).unwrap();
+        let bits = |name: &str| match &plan.tensors[name] {
+            Action::Quantize(q) => q.bits,
+            _ => 16,
+        };
+        // 8, 2, 2 loses 9/4096 + 1; 4, 4, 2 loses 10/16 in 2944 bytes; 8, 4, 2 does not fit.
+        assert_eq!([bits("b.0.up.weight"), bits("b.0.gate.weight"), bits("b.1.up.weight")], [4, 4, 2]);
+        let account = plan.allocation.clone().unwrap();
+        assert_eq!((account.budget, account.bytes, account.cost.as_str()), (3840, 2944, "hessian"));
+        assert_eq!(serde_json::from_str::<Plan>(&serde_json::to_string(&plan).unwrap()).unwrap(), plan);
+        let dry = make(&mixed("bytes = \"2kB\""), &shape(), None).unwrap();
+        assert_eq!((dry.allocation.as_ref().unwrap().cost.as_str(), dry.summary(&shape()).bytes_after), ("assumed", 1920));
+        let said = make(&mixed("bytes = \"1kB\""), &shape(), None).unwrap_err().to_string();
+        assert!(said.contains("1000 bytes") && said.contains("take 1920"), "{said}");
     }
 
     #[test]

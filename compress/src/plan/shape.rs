@@ -8,6 +8,7 @@ use calib::stats::Store;
 use calib::tensor::Dtype;
 use kernels::ScaleType;
 
+use crate::allocate::sensitivity::Table;
 use crate::{Error, Result};
 
 /// A checkpoint as far as a plan depends on it: its tensors, without their data.
@@ -66,7 +67,7 @@ impl Measured {
     /// # Errors
     ///
     /// [`Error::Stage`] if the pass is not finished; an IO error, or a file that is not one of these.
-    pub fn read(store: &Store) -> Result<Self> {
+    pub fn read(store: &Store, table: Option<Table>) -> Result<Self> {
         let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
         let manifest = store.manifest()?.ok_or_else(unfinished)?;
         let corpus = manifest.parts.iter().map(|part| part.corpus.as_str()).collect::<Vec<_>>().join("+");
@@ -77,7 +78,7 @@ impl Measured {
                 sites.insert((layer, site), Seen { rows: sums.tokens, dead });
             }
         }
-        Ok(Self { corpus, sites })
+        Ok(Self { corpus, sites, table })
     }
 }
 
@@ -98,6 +99,8 @@ pub struct Measured {
     pub corpus: String,
     /// What entered each site of each layer.
     pub sites: BTreeMap<(usize, Site), Seen>,
+    /// Predicted losses, where widths are shared out.
+    pub table: Option<Table>,
 }
 
 /// What entered one site.

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use calib::arch::{Part, Role};
-use kernels::ScaleType;
 use serde::{Deserialize, Serialize};
+
+use crate::allocate::{Account, Choice};
 
 use super::{Action, Plan, Quantize, Shape, Solver};
 
@@ -33,6 +34,12 @@ pub struct Summary {
     pub rounded_experts: usize,
     /// Input channels that no token excited, each counted once for all matrices that it enters.
     pub dead_channels: usize,
+    /// Matrices by kind and width, where widths are shared out.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub widths: BTreeMap<String, BTreeMap<String, usize>>,
+    /// How they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allocation: Option<Account>,
 }
 
 impl Summary {
@@ -45,7 +52,7 @@ impl Summary {
 impl Plan {
     /// The plan in numbers.
     pub fn summary(&self, shape: &Shape) -> Summary {
-        let mut sum = Summary::default();
+        let mut sum = Summary { allocation: self.allocation.clone(), ..Summary::default() };
         let (mut rounded, mut dead) = (BTreeSet::new(), BTreeMap::new());
         for tensor in &shape.tensors {
             match self.tensors.get(&tensor.name) {
@@ -54,6 +61,10 @@ impl Plan {
                     sum.weights += tensor.shape.iter().product::<usize>() as u64;
                     sum.bytes_before += tensor.bytes;
                     sum.bytes_after += q.bytes(&tensor.shape);
+                    if self.allocation.is_some() {
+                        let choice = Choice { bits: q.bits, group: q.group, grid: q.grid };
+                        *sum.widths.entry(tensor.role.kind().to_string()).or_default().entry(choice.to_string()).or_default() += 1;
+                    }
                     let Role::Layer(layer, part) = tensor.role else { continue };
                     if let (Solver::Rounded { .. }, Part::Expert(expert, _)) = (&q.solver, part) {
                         rounded.insert((layer, expert));
@@ -78,14 +89,9 @@ impl Plan {
 }
 
 impl Quantize {
-    /// Bytes of the packed codes (a row is a whole number of 32-bit words) and scales of a matrix `[out, in]`.
+    /// Bytes of the packed codes, scales and zeros of a matrix `[out, in]`.
     pub fn bytes(&self, shape: &[usize]) -> u64 {
         let &[outputs, inputs] = shape else { return 0 };
-        let words = (inputs * usize::from(self.bits)).div_ceil(32);
-        let scale = match self.scale {
-            ScaleType::Bf16 | ScaleType::F16 => 2,
-            ScaleType::F32 => 4,
-        };
-        (outputs * (words * 4 + inputs.div_ceil(self.group.len(inputs)) * scale)) as u64
+        self.width().stored_bytes(outputs, inputs)
     }
 }

@@ -82,6 +82,22 @@ impl Width {
         Err(Error::GroupSize { group, inputs, nearest: nearest.unwrap_or(1) })
     }
 
+    /// Bytes of a matrix `[outputs, inputs]` as it is stored: a row of codes is a whole number of 32-bit words, integer zeros are
+    /// packed down each column of groups.
+    pub fn stored_bytes(&self, outputs: usize, inputs: usize) -> u64 {
+        let groups = inputs.div_ceil(self.group.len(inputs).max(1));
+        let scale = match self.scale_type {
+            ScaleType::Bf16 | ScaleType::F16 => 2,
+            ScaleType::F32 => 4,
+        };
+        let zeros = match self.grid {
+            Grid::Sym | Grid::Half => 0,
+            Grid::Asym => 4 * kernels::pack::words(outputs, self.bits) * groups,
+            Grid::Offset => scale * outputs * groups,
+        };
+        (4 * outputs * kernels::pack::words(inputs, self.bits) + scale * outputs * groups + zeros) as u64
+    }
+
     /// Bits a weight as stored, scales and zero points counted, in a matrix of `inputs` inputs.
     pub fn bits_per_weight(&self, inputs: usize) -> f64 {
         let scale = match self.scale_type {

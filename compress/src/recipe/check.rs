@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use kernels::Group;
 
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
-use crate::Error;
-use crate::allocate::{Allocate, BUDGETS, Glob};
-use crate::plan::{Shape, Tensor};
+use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
+use crate::plan::{Shape, Tensor, matrices};
+use crate::quantize::Grid;
 
 /// What is wrong with a recipe whatever the model.
 pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
@@ -35,6 +35,9 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
         add("export", "no format is asked for".into(), "add [export.compressed_tensors] or [export.dense]");
     }
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
+    if let Some(allocate) = recipe.allocate.as_ref().filter(|a| a.is_mixed() && a.budgets().len() == 1) {
+        found.extend(check_budget(recipe, allocate, source));
+    }
     found.extend(check_texts(recipe, source));
     found
 }
@@ -53,13 +56,69 @@ fn check_widths(allocate: &Allocate, source: &Source) -> Vec<Problem> {
         );
         found.push(source.problem("allocate", message, Some("for one width for all matrices, write bits = 4".into())));
     }
-    for budget in budgets.into_iter().filter(|key| *key != "bits") {
-        found.push(source.problem(&format!("allocate.{budget}"), Error::BudgetNotBuilt { budget }.to_string(), None));
-    }
-    if let Some(bits) = allocate.bits.filter(|bits| !(2..=8).contains(bits)) {
-        found.push(source.problem("allocate.bits", format!("{bits} bits cannot be exported"), Some("choose 2 to 8".into())));
+    if let Some(bits) = allocate.bits.filter(|bits| !(allocate.grid.fewest_bits()..=8).contains(bits)) {
+        let help = format!("choose {} to 8", allocate.grid.fewest_bits());
+        found.push(source.problem("allocate.bits", format!("{bits} bits cannot be exported"), Some(help)));
     }
     found
+}
+
+/// What is wrong with a budget that a program is to share out.
+fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let mut add = |key: &str, message: String, help: &str| {
+        found.push(source.problem(&format!("allocate{key}"), message, (!help.is_empty()).then(|| help.to_owned())));
+    };
+    if let Some(bits) = allocate.bits_per_weight.filter(|bits| !(bits.is_finite() && *bits > 0.0)) {
+        add(".bits_per_weight", format!("{bits} bits a weight are no budget"), "ask for some, such as 3.0");
+    }
+    let packed = if recipe.export.compressed_tensors.is_some() { Packed::Yes } else { Packed::No };
+    if allocate.file.is_some() && packed == Packed::No {
+        add(
+            ".file",
+            "the files of the dense export are of one size whatever the widths".into(),
+            "add [export.compressed_tensors], or ask for bits_per_weight",
+        );
+    }
+    match (allocate.runtime, packed) {
+        (None, Packed::Yes) => {
+            let message = "several widths, and no word about what is to load them: no two runtimes load the same mixtures".to_owned();
+            add("", message, &format!("say allocate.runtime = one of {}", Runtime::MENU));
+        }
+        (Some(runtime), packed) => runtime.refusal(packed).into_iter().for_each(|why| add(".runtime", why, "")),
+        (None, Packed::No) => {}
+    }
+    if recipe.calibrate.is_none() {
+        add("", "widths are shared out by what they cost on texts, and there is no [calibrate]".into(), "name texts with calibrate.corpus");
+    }
+    let options = allocate.options();
+    if options.is_empty() {
+        add(".choices", "there is no width to choose from".into(), "name some, such as [2, 3, 4]");
+    }
+    for (i, choice) in options.iter().enumerate() {
+        let key = format!(".choices.{i}");
+        if !(choice.grid.fewest_bits()..=8).contains(&choice.bits) {
+            add(&key, format!("{choice}: there is no such grid"), &format!("choose {} to 8 bits", choice.grid.fewest_bits()));
+        } else if packed == Packed::Yes && !matches!(choice.grid, Grid::Sym | Grid::Asym) {
+            add(&key, format!("{choice}: compressed-tensors does not hold it"), "use the grid sym or asym, or [export.dense] alone");
+        }
+        if options[..i].contains(choice) {
+            add(&key, format!("{choice} stands there twice"), "");
+        }
+    }
+    found
+}
+
+/// Matrices for which the cost has no unit and the recipe leaves a choice.
+fn check_cost(allocate: &Allocate, shape: &Shape, source: &Source) -> Option<Problem> {
+    let (rules, options) = (allocate.constraints(), allocate.options());
+    let several = |m: &&Matrix| options.iter().filter(|choice| rules.objection(m, choice).is_none()).count() > 1;
+    let matrices = matrices(allocate, shape);
+    let first = matrices.iter().filter(|m| !allocate.cost.covers(m.kind())).find(several)?;
+    let kind = first.kind();
+    let message = format!("the cost {} has no unit for {kind} matrices such as {}", allocate.cost.name(), first.name);
+    let help = format!("give them one width with allocate.min_bits.{kind} and allocate.max_bits.{kind}, or name them in allocate.exclude");
+    Some(source.problem("allocate", message, Some(help)))
 }
 
 /// Texts that are needed and absent, asked for and not there, or too few.
@@ -130,7 +189,9 @@ pub fn check(loaded: &Loaded, shape: &Shape) -> Vec<Problem> {
             found.push(unmatched(glob, &allocate.exclude[i], i, shape, &loaded.source));
         }
     }
-    if let Group::Size(group) = allocate.group.0 {
+    if allocate.is_mixed() {
+        found.extend(check_cost(allocate, shape, &loaded.source));
+    } else if let Group::Size(group) = allocate.group.0 {
         let left = matrices.iter().filter(|t| !globs.iter().any(|glob| glob.matches(&t.name)));
         found.extend(check_group(group, left.copied(), &loaded.source));
     }
@@ -216,7 +277,6 @@ mod tests {
             "r.toml:5:11: calibrate.samples = 1 cannot be shared out over 3 texts; ask for at least one each",
             "r.toml:7:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
             "r.toml:8:8: 9 bits cannot be exported; choose 2 to 8",
-            "r.toml:9:9: allocate.bytes asks for a width a matrix, and allocation a matrix is not built yet; give one width for all with allocate.bits",
             "r.toml:11:8: evaluate.text names no text",
             "r.toml:12:14: 3 tokens are less than one window of 512",
             "r.toml: there is no `model`; name it in the recipe or with --model DIR",
@@ -232,6 +292,26 @@ mod tests {
         assert!(said(&GOOD.replace("[allocate]\nbits = 4\n", "")).contains("a quantizer but no [allocate]"));
         assert!(said(&GOOD.replace("[quantize.gptq]\n", "")).contains("widths but no quantizer"));
         assert!(said(&GOOD.replace("bits = 4\n", "")).contains("is needed, and there is none"));
+    }
+
+    #[test]
+    fn a_budget_is_held_to_what_loads_it() {
+        let said = |budget: &str, export: &str| {
+            let text = GOOD.replace("bits = 4", budget).replace("[export.dense]", export);
+            said(&text, Some(&shape())).join("\n")
+        };
+        assert_eq!(said("bits_per_weight = 3", "[export.dense]"), "");
+        assert_eq!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.dense]"), "");
+        assert_eq!(said("bytes = \"1MB\"\nruntime = \"transformers4\"", "[export.compressed_tensors]"), "");
+        assert!(said("bits_per_weight = 3", "[export.compressed_tensors]").contains("say allocate.runtime = one of transformers4"));
+        assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("no exporter yet"));
+        assert!(said("bits_per_weight = 3\nruntime = \"gguf\"", "[export.dense]").contains("no exporter yet"));
+        assert!(said("file = \"1MB\"", "[export.dense]").contains("of one size whatever the widths"));
+        assert!(
+            said("bits_per_weight = 3\nruntime = \"vllm\"\nchoices = [1, 2, 2]", "[export.compressed_tensors]")
+                .contains("1 bits half, group 128: compressed-tensors does not hold it")
+        );
+        assert!(said("bits_per_weight = 3\nchoices = [{ bits = 1, grid = \"sym\" }]", "[export.dense]").contains("there is no such grid"));
     }
 
     fn shape() -> Shape {

@@ -24,6 +24,10 @@ pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> Stri
         text.push('\n');
     }
     text += &table(&size_rows(report));
+    let shared_out = allocation(&report.plan, table);
+    if !shared_out.is_empty() {
+        text += &format!("\n{shared_out}");
+    }
     if !costs.is_empty() {
         text += &format!("\n{}", table(&cost_rows(costs)));
     }
@@ -36,7 +40,12 @@ pub fn markdown_report(report: &Report) -> String {
     if let Some(scores) = &report.evaluation {
         text += &(markdown(&score_rows(scores)) + "\n");
     }
-    text + &markdown(&size_rows(report)) + &format!("\n{}.\n", exceptions(&report.plan))
+    text += &markdown(&size_rows(report));
+    let shared_out = allocation(&report.plan, markdown);
+    if !shared_out.is_empty() {
+        text += &format!("\n{shared_out}");
+    }
+    text + &format!("\n{}.\n", exceptions(&report.plan))
 }
 
 fn heading(report: &Report) -> String {
@@ -107,6 +116,31 @@ fn score_rows(report: &calib::evaluate::Report) -> Rows {
     std::iter::once(heading).chain(texts).chain([line("all", &report.all)]).collect()
 }
 
+/// How a budget was shared out; empty where one width was given to all.
+fn allocation(plan: &Summary, form: fn(&[Vec<String>]) -> String) -> String {
+    let Some(account) = &plan.allocation else { return String::new() };
+    let mut rows = vec![row(["matrices", "width", "count"])];
+    for (kind, widths) in &plan.widths {
+        rows.extend(widths.iter().map(|(width, count)| vec![kind.clone(), width.clone(), count.to_string()]));
+    }
+    let loads = account.runtime.map_or("every matrix free".to_owned(), |runtime| format!("ties of {}", runtime.name()));
+    format!(
+        "{}\nAllocated by {} ({loads}, {} classes): {} of {} spent; predicted loss {:.6}, at most {:.1e} above the best possible{}, {:.3e} saved by one byte more; \
+         free widths would predict {:.6} (granularity gap {:+.1}%)\n",
+        form(&rows),
+        account.cost,
+        account.classes,
+        bytes(account.bytes),
+        bytes(account.budget),
+        account.loss,
+        account.gap(),
+        if account.proven { " (proven optimal)" } else { "" },
+        account.price,
+        account.loss_free,
+        100.0 * account.granularity_gap(),
+    )
+}
+
 /// A plan in numbers.
 pub fn plan(summary: &Summary, path: &Path) -> String {
     let stored = summary.bits_per_weight().map_or(String::new(), |bits| format!("{bits:.3}"));
@@ -120,7 +154,11 @@ pub fn plan(summary: &Summary, path: &Path) -> String {
         0 => String::new(),
         n => format!("{n} of the kept matrices are named in allocate.exclude\n"),
     };
-    table(&rows) + &excluded + &format!("\n{}; the plan lies in {}\n", exceptions(summary), path.display())
+    let shared_out = match allocation(summary, table) {
+        text if text.is_empty() => text,
+        text => format!("\n{text}"),
+    };
+    table(&rows) + &excluded + &shared_out + &format!("\n{}; the plan lies in {}\n", exceptions(summary), path.display())
 }
 
 /// How many tokens reached the experts of each layer.

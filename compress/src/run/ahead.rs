@@ -7,11 +7,14 @@ use calib::Model;
 use crate::plan::{self, Shape, Summary};
 use crate::recipe::{Loaded, Problem, Recipe};
 use crate::report::bytes;
-use crate::{Result, apply, export};
+use crate::{Error, Result, apply, export};
 
 /// Matrices that a format cannot hold.
 pub(super) fn check_exports(loaded: &Loaded, model: &Model, shape: &Shape) -> Result<Vec<Problem>> {
-    let plan = plan::make(&loaded.recipe, shape, None)?;
+    let plan = match plan::make(&loaded.recipe, shape, None) {
+        Err(Error::Undecided(why)) => return Ok(vec![loaded.source.problem("allocate", why.to_string(), None)]),
+        plan => plan?,
+    };
     let refusals = export::refusals(&loaded.recipe.export, &apply::contents_of(model, &plan)?);
     Ok(refusals.into_iter().map(|refusal| loaded.source.problem("export", refusal, None)).collect())
 }

@@ -13,12 +13,16 @@ use calib::stats::Store;
 use calib::{Model, Weights};
 
 use super::folder::{Folder, Stage, remove};
+use crate::allocate::Allocate;
+use crate::allocate::sensitivity::Table;
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Measured, Plan, Shape};
+use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
 use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
+use crate::survey::Survey;
 use crate::tensorfile::write_whole;
-use crate::{Result, apply};
+use crate::{Error, Result, apply};
 
 /// One run: what it works with.
 pub(super) struct Work<'a> {
@@ -130,14 +134,35 @@ impl<'a> Work<'a> {
     fn calibrate(&self, progress: &dyn Progress) -> Result<()> {
         let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples(progress)?) else { return Ok(()) };
         let (store, fingerprint) = (self.store(), self.shape.fingerprint.as_str());
-        let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, progress };
-        pass::run(&pass, self.device)?;
-        Ok(())
+        let (mixed, tokens) = (self.mixed(), samples.total_tokens() as u64);
+        let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, self.shape)).unwrap_or_default();
+        let survey = mixed.map(|(quantizer, allocate)| {
+            let what = (allocate.cost, allocate.fill, allocate.options());
+            Survey::new(self.model, quantizer, &matrices, what, tokens, self.folder.dir())
+        });
+        let watch = survey.as_ref().and_then(Survey::watch);
+        let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
+        let layers = pass::run(&pass, self.device)?.layers;
+        let Some(survey) = survey else { return Ok(()) };
+        survey.run(samples, self.device, progress)?;
+        survey.finish(layers, samples.hash())
+    }
+
+    /// The quantizer and the budget, where widths are shared out.
+    fn mixed(&self) -> Option<(&'a Quantizer, &'a Allocate)> {
+        self.recipe.quantize.as_ref().zip(self.recipe.allocate.as_ref().filter(|allocate| allocate.is_mixed()))
+    }
+
+    /// The table that the calibration pass left, where widths are shared out.
+    fn table(&self) -> Result<Option<Table>> {
+        let path = self.folder.path("sensitivity.json");
+        let read = |_| serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path: path.clone(), source });
+        self.mixed().map(read).transpose()
     }
 
     fn plan(&self) -> Result<()> {
         let asked = self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only();
-        let measured = asked.then(|| Measured::read(&self.store())).transpose()?;
+        let measured = if asked { Some(Measured::read(&self.store(), self.table()?)?) } else { None };
         let plan = plan::make(self.recipe, self.shape, measured.as_ref())?;
         let text = serde_json::to_string_pretty(&plan).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("plan.json"), text.as_bytes())

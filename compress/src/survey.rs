@@ -1,0 +1,296 @@
+//! Fills the sensitivity table while a layer's second moments are in memory: in the measuring pass, or in a backward pass after it.
+//!
+//! One file a layer, `sensitivity/layer-00000.json`, finished by rename, and `sensitivity.json` in the end. **Memory**, beside the
+//! pass's own: for every site in flight a moment and its factor (`12 · K²` bytes for `K` inputs), the three matrices of its MLP in
+//! f32, and one matrix with its working copies (`16` bytes a weight).
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use calib::arch::{Kind, Part, Projection, Role, Site};
+use calib::backward::{self, Backward, Receive, Scratch};
+use calib::device::Device;
+use calib::forward::Routed;
+use calib::linalg::product;
+use calib::pass::Watch;
+use calib::progress::Progress;
+use calib::sample::Samples;
+use calib::stats::end_loss::{LayerWeights, SiteLoss};
+use calib::stats::{GateSums, Moment};
+use calib::{Model, Weights};
+use ndarray::{Array2, ArrayView2};
+
+use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Table, Wanted, row_weights};
+use crate::allocate::{Choice, Cost, Fill, Matrix};
+use crate::apply::boxed;
+use crate::quantize::Quantizer;
+use crate::tensorfile::write_whole;
+use crate::{Error, Result};
+
+/// Of the experts of a layer, every how many-th is solved where the table is estimated.
+const SAMPLE: usize = 16;
+
+/// Fills a table.
+pub struct Survey<'a> {
+    model: &'a Model,
+    quantizer: &'a Quantizer,
+    cost: Cost,
+    fill: Fill,
+    choices: Vec<Choice>,
+    /// Calibration tokens.
+    tokens: u64,
+    /// Matrices by layer and site.
+    jobs: BTreeMap<(usize, Site), Vec<&'a Matrix>>,
+    /// `OUT/moepress`.
+    dir: PathBuf,
+    moments: Mutex<HashMap<Site, Moment>>,
+    /// What gate and up gave, by the site of down.
+    gates: Mutex<HashMap<Site, GateSums>>,
+    entries: Mutex<BTreeMap<String, Entry>>,
+    /// Weights that the shared expert's gate gave the last rows: those that enter its down next.
+    gated: Mutex<Vec<f32>>,
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<'a> Survey<'a> {
+    /// A table over `matrices` as far as the cost covers them.
+    pub fn new(
+        model: &'a Model,
+        quantizer: &'a Quantizer,
+        matrices: &'a [Matrix],
+        (cost, fill, choices): (Cost, Fill, Vec<Choice>),
+        tokens: u64,
+        dir: &Path,
+    ) -> Self {
+        let mut jobs: BTreeMap<(usize, Site), Vec<&Matrix>> = BTreeMap::new();
+        for matrix in matrices.iter().filter(|m| cost.covers(m.kind())) {
+            if let Some(site) = matrix.part.site() {
+                jobs.entry((matrix.layer, site)).or_default().push(matrix);
+            }
+        }
+        Self {
+            model,
+            quantizer,
+            cost,
+            fill,
+            choices,
+            tokens,
+            jobs,
+            dir: dir.to_owned(),
+            moments: Mutex::default(),
+            gates: Mutex::default(),
+            entries: Mutex::default(),
+            gated: Mutex::default(),
+        }
+    }
+
+    fn layer_path(&self, layer: usize) -> PathBuf {
+        self.dir.join(format!("sensitivity/layer-{layer:05}.json"))
+    }
+
+    /// Fills the table by a backward pass, for the costs that need one; what an earlier run finished is not done again.
+    ///
+    /// # Errors
+    ///
+    /// As [`backward::run`].
+    pub fn run(&self, samples: &Samples, device: Device, progress: &dyn Progress) -> Result<()> {
+        if self.cost != Cost::EndLoss || self.dir.join("sensitivity.json").is_file() {
+            return Ok(());
+        }
+        let folder = self.dir.join("sensitivity/backward");
+        fs_err::create_dir_all(&folder)?;
+        let model = self.model.checkpoint().fingerprint().to_owned();
+        let key = [("model files".to_owned(), model), ("calibration samples".to_owned(), samples.hash())];
+        let (params, scratch) = (backward::Params::default(), Scratch::Disk(&folder, key.into()));
+        let pass = Backward { weights: self.model, ids: &samples.ids, params: &params, scratch: &scratch, progress };
+        Ok(backward::run(&pass, self, device)?)
+    }
+
+    /// The watcher of the measuring pass, for the costs that need no other.
+    pub fn watch(&self) -> Option<&dyn Watch> {
+        (self.cost == Cost::Hessian).then_some(self)
+    }
+
+    /// Joins the layers' files into `sensitivity.json` and removes them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stage`] where a layer is missing, an IO error.
+    pub fn finish(&self, layers: usize, corpus: String) -> Result<()> {
+        let path = self.dir.join("sensitivity.json");
+        if !path.is_file() {
+            let mut entries = BTreeMap::new();
+            for layer in 0..layers {
+                let path = self.layer_path(layer);
+                if !path.is_file() {
+                    return Err(Error::Stage { path, what: "the losses of this layer are missing".into() });
+                }
+                let text = fs_err::read(&path)?;
+                let found: BTreeMap<String, Entry> = serde_json::from_slice(&text).map_err(|source| Error::Json { path, source })?;
+                entries.extend(found);
+            }
+            let model = self.model.checkpoint().fingerprint().to_owned();
+            let (cost, fill, choices) = (self.cost, self.fill, self.choices.clone());
+            let mut table = Table { schema: SCHEMA, model, corpus, cost, fill, choices, ..Table::default() };
+            table.set(entries);
+            write_whole(&path, (serde_json::to_string(&table).map_err(std::io::Error::from)? + "\n").as_bytes())?;
+        }
+        let parts = self.dir.join("sensitivity");
+        if parts.is_dir() {
+            fs_err::remove_dir_all(parts)?;
+        }
+        Ok(())
+    }
+
+    /// The weight of every row: what multiplies the MLP's output.
+    fn weights(&self, layer: usize, site: Site, rows: ArrayView2<'_, f32>, routed: Option<&Routed>) -> Result<Vec<f32>> {
+        let gate = Role::Layer(layer, Part::SharedGate);
+        Ok(match (routed, site) {
+            (Some(routed), _) => routed.weights.clone(),
+            (None, Site::SharedIn) if self.model.layout().name(gate).is_some() => {
+                let logits = product(rows, self.model.matrix(gate)?.t());
+                let weights: Vec<f32> = logits.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect();
+                held(&self.gated).clone_from(&weights);
+                weights
+            }
+            (None, Site::SharedDown) if self.model.layout().name(gate).is_some() => std::mem::take(&mut held(&self.gated)),
+            _ => vec![1.0; rows.nrows()],
+        })
+    }
+
+    fn add(&self, layer: usize, site: Site, rows: ArrayView2<'_, f32>, routed: Option<&Routed>) -> Result<()> {
+        let weights: Vec<f32> = self.weights(layer, site, rows, routed)?.iter().map(|c| c * c).collect();
+        // Taken out while it grows, so that other sites are not kept waiting.
+        let mut moment = held(&self.moments).remove(&site).unwrap_or_else(|| Moment::new(rows.ncols()));
+        moment.add(rows, Some(&weights));
+        held(&self.moments).insert(site, moment);
+        Ok(())
+    }
+
+    /// What is wanted of the matrices of a site.
+    fn wanted(&self, site: Site) -> Wanted {
+        match (self.fill, site) {
+            (Fill::Solve, _) => Wanted::Solved,
+            (Fill::Estimate, Site::ExpertIn(e) | Site::ExpertDown(e)) if e % SAMPLE != 0 => Wanted::Rounded,
+            (Fill::Estimate, _) => Wanted::Both,
+        }
+    }
+
+    /// Losses of a site's matrices, with the row weights of each; sums over tokens are multiplied by `unit`.
+    fn judge<'r>(
+        &self,
+        (layer, site): (usize, Site),
+        moment: Array2<f32>,
+        unit: f64,
+        rows: impl Fn(Part) -> Option<&'r [f64]>,
+    ) -> Result<()> {
+        let Some(jobs) = self.jobs.get(&(layer, site)) else { return Ok(()) };
+        let wanted = self.wanted(site);
+        let shared = Shared::new(moment, &self.choices, self.quantizer, unit, wanted)?;
+        for job in jobs {
+            let w = self.model.matrix(Role::Layer(job.layer, job.part))?;
+            let (rounded, solved) = shared.losses(w.view(), rows(job.part), job.scale, wanted)?;
+            held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved });
+        }
+        Ok(())
+    }
+
+    /// Losses of a site's matrices when all its rows have been seen going forward.
+    fn judge_outputs(&self, layer: usize, site: Site) -> Result<()> {
+        let Some(first) = self.jobs.get(&(layer, site)).and_then(|jobs| jobs.first()) else { return Ok(()) };
+        // Where no token came, no width costs anything on these texts.
+        let moment = held(&self.moments).remove(&site).unwrap_or_else(|| Moment::new(first.shape[1]));
+        let rows = match before_down(site) {
+            Some((down, part)) => {
+                let down_matrix = self.model.matrix(Role::Layer(layer, part))?;
+                let sums = held(&self.gates).remove(&down).unwrap_or_else(|| GateSums::new(down_matrix.ncols()));
+                Some(row_weights(&sums, down_matrix.view()))
+            }
+            None => None,
+        };
+        self.judge((layer, site), moment.into_matrix(), 1.0 / self.tokens.max(1) as f64, |part| {
+            rows.as_ref().map(|[gate, up]| if projection(part) == Some(Projection::Gate) { gate.as_slice() } else { up })
+        })
+    }
+
+    fn put(&self, layer: usize) -> Result<()> {
+        let entries = std::mem::take(&mut *held(&self.entries));
+        fs_err::create_dir_all(self.dir.join("sensitivity"))?;
+        let text = serde_json::to_string(&entries).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.layer_path(layer), text.as_bytes())
+    }
+}
+
+/// Where gate and up enter: the site and the matrix of the down projection behind them.
+fn before_down(site: Site) -> Option<(Site, Part)> {
+    match site {
+        Site::ExpertIn(e) => Some((Site::ExpertDown(e), Part::Expert(e, Projection::Down))),
+        Site::SharedIn => Some((Site::SharedDown, Part::Shared(Projection::Down))),
+        Site::DenseIn => Some((Site::DenseDown, Part::Dense(Projection::Down))),
+        _ => None,
+    }
+}
+
+fn projection(part: Part) -> Option<Projection> {
+    match part {
+        Part::Expert(_, p) | Part::Shared(p) | Part::Dense(p) => Some(p),
+        _ => None,
+    }
+}
+
+fn like(matrix: &Matrix) -> String {
+    let kind: Kind = matrix.kind();
+    projection(matrix.part).map_or_else(|| kind.to_string(), |p| format!("{kind} {p:?}").to_lowercase())
+}
+
+impl Watch for Survey<'_> {
+    fn wants(&self, layer: usize, site: Site) -> bool {
+        self.jobs.contains_key(&(layer, site))
+    }
+
+    fn rows(&self, layer: usize, site: Site, rows: &[f32], width: usize, routed: Option<&Routed>) -> calib::Result<()> {
+        let count = rows.len() / width.max(1);
+        match ArrayView2::from_shape((count, width), rows) {
+            Ok(rows) => self.add(layer, site, rows, routed).map_err(boxed),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn gates(&self, _: usize, down: Site, gate: &[f32], up: &[f32], inner: usize, routed: Option<&Routed>) -> calib::Result<()> {
+        let sums = GateSums::of(gate, up, inner, routed.map(|r| r.weights.as_slice()));
+        held(&self.gates).entry(down).or_insert_with(|| GateSums::new(inner)).merge(&sums)
+    }
+
+    fn done(&self, layer: usize, site: Site) -> calib::Result<()> {
+        self.judge_outputs(layer, site).map_err(boxed)
+    }
+
+    fn layer_done(&self, layer: usize) -> calib::Result<()> {
+        self.put(layer).map_err(boxed)
+    }
+
+    fn has(&self, layer: usize) -> bool {
+        self.layer_path(layer).is_file()
+    }
+}
+
+impl Receive for Survey<'_> {
+    fn wants(&self, layer: usize, site: Site) -> bool {
+        self.jobs.contains_key(&(layer, site))
+    }
+
+    fn site(&self, layer: usize, loss: SiteLoss) -> calib::Result<()> {
+        // Half of a sum over tokens, in nats a token.
+        let unit = 0.5 / loss.tokens.max(1) as f64;
+        let rows = |part| loss.outputs.iter().find(|(p, _)| *p == part).and_then(|(_, r)| r.as_slice());
+        self.judge((layer, loss.site), loss.moment.clone(), unit, rows).map_err(boxed)
+    }
+
+    fn layer(&self, layer: usize, _: LayerWeights) -> calib::Result<()> {
+        self.put(layer).map_err(boxed)
+    }
+}
