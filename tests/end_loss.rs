@@ -2,7 +2,7 @@
 //!
 //! Run with `cargo test --release --test end_loss -- --ignored --nocapture`. Other models and texts: `MOEPRESS_MODEL`,
 //! `MOEPRESS_CALIB` and `MOEPRESS_TEST` name a checkpoint and two folders of texts, `MOEPRESS_MATRICES` how many matrices.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and this one prints a table")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
