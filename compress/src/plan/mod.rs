@@ -235,7 +235,7 @@ mod tests {
     }
 
     fn mixed(budget: &str) -> Recipe {
-        let text = format!("schema = 1\n[quantize.gptq]\n[allocate]\n{budget}\ngroup = 32\nchoices = [2, 4, 8]\nexclude = ['d.*']\n");
+        let text = format!("schema = 1\n[quantize.gptq]\n[allocate]\n{budget}\ngroup = 32\nchoices = [2, 4, 8]\ncost = \"hessian\"\nexclude = ['d.*']\n");
         toml::from_str(&text).unwrap()
     }
 
