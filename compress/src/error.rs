@@ -72,6 +72,13 @@ pub enum Error {
         grid: crate::quantize::Grid,
     },
 
+    /// A grid without a zero point for a method that fits one.
+    #[error("hqq fits a zero point, which the grid {grid:?} does not have; use it on the grids asym or offset")]
+    HqqGrid {
+        /// The grid.
+        grid: crate::quantize::Grid,
+    },
+
     /// A group whose scale its stored type does not reach.
     #[error("row {row}, group {group}: its weights need a scale of {scale}, which {scale_type:?} does not hold; store scales as bf16")]
     ScaleOverflow {

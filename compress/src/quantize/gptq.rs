@@ -83,6 +83,24 @@ pub fn gptq(w: ArrayView2<'_, f32>, factor: &Factor, width: &Width, params: &Par
     Ok(Solved { matrix, kept, loss, damping: factor.damping(), dead_channels: factor.dead_channels() })
 }
 
+/// Solves `w` for each of `widths` and keeps the one with the least loss in the damped moment; of equals the first.
+///
+/// For the widest choice of grids that an exporter holds at the same bits; `None` for no width at all.
+///
+/// # Errors
+///
+/// As [`gptq`].
+pub fn best(w: ArrayView2<'_, f32>, factor: &Factor, widths: &[Width], params: &Params) -> Result<Option<(Width, Solved)>> {
+    let mut best: Option<(Width, Solved)> = None;
+    for width in widths {
+        let solved = gptq(w, factor, width, params)?;
+        if best.as_ref().is_none_or(|(_, best)| solved.loss.damped < best.loss.damped) {
+            best = Some((*width, solved));
+        }
+    }
+    Ok(best)
+}
+
 /// Sums over the rows of a chunk.
 #[derive(Clone, Copy, Default)]
 struct Squares {
@@ -575,6 +593,19 @@ mod tests {
         }
         let error = gptq(w.view(), &factor, &width(2, 16, Grid::Half), &Params::default()).unwrap_err();
         assert!(matches!(error, Error::FactorGroups { group: Group::Size(16) }), "{error}");
+    }
+
+    #[test]
+    fn the_best_grid_is_the_one_with_the_least_loss() {
+        let (w, h) = (normals(40, 64, 15), moment(Moment::Correlated, 64, 15));
+        let factor = factorize(h.view(), &[Group::Size(32)], &Params::default()).unwrap();
+        let widths = [Grid::Asym, Grid::Sym, Grid::Half].map(|grid| width(2, 32, grid));
+        let losses = widths.map(|width| gptq(w.view(), &factor, &width, &Params::default()).unwrap().loss.damped);
+        let (width, solved) = best(w.view(), &factor, &widths, &Params::default()).unwrap().unwrap();
+        let least = losses.iter().copied().fold(f64::INFINITY, f64::min);
+        assert_eq!((solved.loss.damped, losses[widths.iter().position(|other| *other == width).unwrap()]), (least, least));
+        assert!(losses.iter().all(|&loss| loss == least || loss > 1.01 * least), "{losses:?}");
+        assert_eq!(best(w.view(), &factor, &[], &Params::default()).unwrap(), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The best codes for a given width: everything that happens to one matrix once its width is known.
 //!
-//! Pure functions over matrices. [`rtn`] rounds, [`gptq`] solves against a second moment of the inputs; one search of scales
-//! and zero points serves both.
+//! Pure functions over matrices. [`rtn`] rounds, [`hqq`] fits zero points, [`gptq`] solves against a second moment of the inputs
+//! and [`descent`] improves what it left; one search of scales and zero points serves the first and the third.
 
 mod codes;
 mod columns;
@@ -9,6 +9,7 @@ pub mod descent;
 pub mod factor;
 pub mod gptq;
 mod grid;
+pub mod hqq;
 pub mod rtn;
 #[cfg(test)]
 mod testing;
@@ -119,6 +120,8 @@ impl Width {
 pub enum Quantizer {
     /// Rounding to nearest: needs no calibration.
     Rtn(rtn::Params),
+    /// HQQ: fitted zero points, without calibration.
+    Hqq(hqq::Params),
     /// GPTQ: each column's error is made up for by the columns after it.
     Gptq(gptq::Params),
 }
