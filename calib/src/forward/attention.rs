@@ -379,7 +379,8 @@ mod tests {
         let device = Default::default();
         for norm in [QkNorm::None, QkNorm::PerHead, QkNorm::FullWidth] {
             let mut spec = grouped_spec();
-            let mut shape = Grouped { heads: 4, kv_heads: 2, head_dim: 8, qkv_bias: true, output_bias: true, qk_norm: norm, clip: None, scale: 0.4 };
+            let mut shape =
+                Grouped { heads: 4, kv_heads: 2, head_dim: 8, qkv_bias: true, output_bias: true, qk_norm: norm, clip: None, scale: 0.4 };
             spec.attention = crate::arch::Attention::Grouped(shape.clone());
             let table = random_table(spec.clone(), 7);
             let source = Source { weights: &table, layer: 0, device: &device };

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::knobs::{Choice, Cost, Fill};
 use crate::Result;
 use crate::quantize::factor::{Factor, factorize};
-use crate::quantize::{Quantizer, gptq, rtn};
+use crate::quantize::{Quantizer, gptq, hqq, rtn};
 
 /// Losses of one matrix, `[choices]`; `None` where the choice does not fit the matrix.
 pub type Losses = Vec<Option<f64>>;
@@ -207,6 +207,7 @@ impl<'a> Shared<'a> {
     fn round(&self, w: ArrayView2<'_, f32>, width: &crate::quantize::Width) -> Result<Array2<f32>> {
         Ok(match self.quantizer {
             Quantizer::Rtn(params) => rtn::rtn(w, width, params)?,
+            Quantizer::Hqq(_) => hqq::hqq(w, width)?,
             Quantizer::Gptq(params) => rtn::rtn_weighted(w, &self.diagonal, width, &rtn::Params { clips: params.clips })?,
         }
         .dequantize())

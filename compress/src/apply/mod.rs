@@ -36,8 +36,8 @@ pub use output::{contents_of, write};
 pub(crate) use tokens::boxed;
 
 use crate::plan::{Plan, Solver as Who};
-use crate::quantize::Quantizer;
 use crate::quantize::rtn::{self, rtn};
+use crate::quantize::{Quantizer, hqq};
 use crate::solved::{By, LayerFile, Report, Solved};
 use crate::{Error, Result};
 use work::Job;
@@ -149,8 +149,12 @@ fn round(model: &Model, plan: &Plan, jobs: &[Job<'_>], file: &LayerFile) -> Resu
     let largest = jobs.iter().map(Job::weights).max().unwrap_or(0);
     for run in work::runs(&jobs, 2 * largest) {
         run.par_iter().try_for_each(|job| {
-            let matrix = rtn(model.matrix(job.role)?.view(), &job.how.width(), &params)?;
-            file.put(job.name, &matrix, &Report { by: By::Rtn, solved: None })
+            let (w, width) = (model.matrix(job.role)?, job.how.width());
+            let (matrix, by) = match (&plan.quantizer, &job.how.solver) {
+                (Some(Quantizer::Hqq(_)), Who::Planned) => (hqq::hqq(w.view(), &width)?, By::Hqq),
+                _ => (rtn(w.view(), &width, &params)?, By::Rtn),
+            };
+            file.put(job.name, &matrix, &Report { by, solved: None })
         })?;
     }
     Ok(())
@@ -161,7 +165,7 @@ fn rounding(plan: &Plan) -> rtn::Params {
     match &plan.quantizer {
         Some(Quantizer::Rtn(params)) => params.clone(),
         Some(Quantizer::Gptq(params)) => rtn::Params { clips: params.clips },
-        None => rtn::Params::default(),
+        Some(Quantizer::Hqq(_)) | None => rtn::Params::default(),
     }
 }
 

@@ -48,6 +48,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         model: model.checkpoint().fingerprint().to_owned(),
         corpus: None,
         quantizer: Some(quantizer),
+        refine: None,
         allocation: None,
         tensors,
     }

@@ -133,6 +133,14 @@ impl Quantizer {
     }
 }
 
+/// What improves a solver's codes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Refine {
+    /// Coordinate descent over the codes and refits of the scales, in turn, against the second moment that the solver used.
+    Descent(descent::Params),
+}
+
 /// `tr(ΔW · H · ΔWᵀ)`: what a change of the weights costs in squared output error, summed over the calibration tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Loss {
