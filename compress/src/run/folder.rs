@@ -80,7 +80,8 @@ impl Folder {
         let folder = Self { out: out.to_owned(), dir, _lock: lock };
         let path = folder.path("identity.json");
         if earlier == Earlier::Discard {
-            folder.discard()?;
+            let measured = folder.done(Stage::Calibrate)?.filter(|_| folder.measures_like(identity));
+            folder.discard(if measured.is_some() { Stage::Plan } else { Stage::Calibrate })?;
         }
         match Identity::read(&path)? {
             // A run that was refused before it did anything (a text that is too short) holds nobody to its recipe.
@@ -154,10 +155,17 @@ impl Folder {
         Ok(())
     }
 
-    /// Removes everything that a run writes, but what else lies there. Markers go first and the identity last: whatever
+    /// Whether the earlier run, if its identity can be read, measured what this one would.
+    fn measures_like(&self, identity: &Identity) -> bool {
+        matches!(Identity::read(&self.path("identity.json")), Ok(Some(old)) if old.measures_like(identity))
+    }
+
+    /// Removes everything that a run writes from this stage on, but what else lies there. Markers go first and the identity last: whatever
     /// interrupts this leaves a directory that is still ours and counts as unfinished.
-    fn discard(&self) -> Result<()> {
-        self.undo_from(Stage::Calibrate)?;
+    fn discard(&self, from: Stage) -> Result<()> {
+        self.undo_from(from)?;
+        let calibrated = ["stats", "sensitivity.json", "calibrate.done"];
+        let kept = |path: &Path| from > Stage::Calibrate && calibrated.iter().any(|name| path.ends_with(name));
         remove(&self.out.join("config.json"))?;
         for entry in fs_err::read_dir(&self.out)? {
             let path = entry?.path();
@@ -168,7 +176,7 @@ impl Folder {
         }
         for entry in fs_err::read_dir(&self.dir)? {
             let path = entry?.path();
-            if !path.ends_with("lock") && !path.ends_with("identity.json") {
+            if !path.ends_with("lock") && !path.ends_with("identity.json") && !kept(&path) {
                 remove(&path)?;
             }
         }
@@ -244,6 +252,29 @@ mod tests {
         }
         left.sort();
         assert_eq!(left, ["identity.json", "lock", "moepress", "notes.md"]);
+    }
+
+    #[test]
+    fn force_keeps_what_was_measured_for_another_budget() {
+        let identity = |bits: f64| {
+            let text = format!("schema = 1\n[quantize.rtn]\n[allocate]\nbits_per_weight = {bits:?}\n");
+            Identity::of(&toml::from_str(&text).unwrap(), "model").unwrap()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::open(dir.path(), &identity(4.0), Earlier::Resume).unwrap();
+        fs_err::write(folder.path("sensitivity.json"), "x").unwrap();
+        fs_err::write(folder.path("plan.json"), "x").unwrap();
+        let cost = Cost { wall_seconds: 1.5, cpu_seconds: None, peak_bytes: Some(3) };
+        folder.mark(Stage::Calibrate, &cost).unwrap();
+        folder.mark(Stage::Plan, &cost).unwrap();
+        drop(folder);
+        let folder = Folder::open(dir.path(), &identity(3.0), Earlier::Discard).unwrap();
+        assert_eq!((folder.done(Stage::Calibrate).unwrap(), folder.done(Stage::Plan).unwrap()), (Some(cost), None));
+        assert!(folder.path("sensitivity.json").exists() && !folder.path("plan.json").exists());
+        drop(folder);
+        // The same again: then everything is to start over.
+        let folder = Folder::open(dir.path(), &identity(3.0), Earlier::Discard).unwrap();
+        assert_eq!(folder.done(Stage::Calibrate).unwrap(), None);
     }
 
     #[test]

@@ -71,6 +71,28 @@ impl Identity {
         Ok(serde_json::to_string_pretty(self).map_err(std::io::Error::from)? + "\n")
     }
 
+    /// Whether `now` measures the same: its calibration and table of costs are those that this one made, and something after them
+    /// differs. Budgets, limits, runtime, exports and texts of evaluation are what may differ.
+    pub fn measures_like(&self, now: &Self) -> bool {
+        let measured = |identity: &Self| {
+            let mut recipe = identity.recipe.clone();
+            if let Some(recipe) = recipe.as_object_mut() {
+                recipe.remove("export");
+                recipe.remove("evaluate");
+                if let Some(allocate) = recipe.get_mut("allocate").and_then(Value::as_object_mut) {
+                    // A budget needs the table of costs and one width does not, so which of the two it is counts.
+                    let budgets = ["bits_per_weight", "bytes", "file"];
+                    let mixed = budgets.iter().any(|key| allocate.contains_key(*key));
+                    budgets.iter().chain(&["runtime", "untied", "min_bits", "max_bits"]).for_each(|key| _ = allocate.remove(*key));
+                    allocate.insert("mixed".to_owned(), mixed.into());
+                }
+            }
+            let texts: BTreeMap<&String, &String> = identity.texts.iter().filter(|(key, _)| key.starts_with("calibrate.")).collect();
+            (recipe, texts.into_iter().map(|(k, v)| (k.clone(), v.clone())).collect::<Vec<_>>())
+        };
+        self != now && self.model == now.model && measured(self) == measured(now)
+    }
+
     /// How `now` differs from this, in words; empty if it does not.
     pub fn differences(&self, now: &Self) -> Vec<String> {
         let mut found = Vec::new();
@@ -157,6 +179,21 @@ mod tests {
             "the text has changed (calibrate.corpus: en.txt)",
         ];
         assert_eq!(old.differences(&new), expected);
+    }
+
+    #[test]
+    fn another_budget_measures_the_same_and_another_choice_does_not() {
+        let of = |allocate: &str| {
+            let text = format!("schema = 1\n[quantize.rtn]\n[allocate]\n{allocate}\n[export.dense]\n");
+            Identity::of(&toml::from_str(&text).unwrap(), "m").unwrap()
+        };
+        let one = of("bits_per_weight = 3.0");
+        assert!(one.measures_like(&of("bits_per_weight = 2.5")));
+        assert!(one.measures_like(&of("bytes = \"1GB\"\nruntime = \"native\"\nmin_bits.attention = 4")));
+        assert!(!one.measures_like(&one));
+        for other in ["bits = 3", "bits_per_weight = 3.0\nchoices = [2, 3]", "bits_per_weight = 3.0\ngroup = 64", "bits_per_weight = 3.0\ncost = \"hessian\""] {
+            assert!(!one.measures_like(&of(other)), "{other}");
+        }
     }
 
     #[test]
