@@ -39,15 +39,15 @@ def quickstart() -> Path:
 
 @pytest.fixture
 def ours(moepress, tmp_path):
-    """Logits of a checkpoint by `moepress eval`, `[rows, tokens, vocab]`."""
+    """What `moepress eval --dump` writes of a checkpoint: `logits` `[rows, tokens, vocab]`, and what the layers did."""
 
-    def logits(folder: Path, ids: torch.Tensor, *options) -> torch.Tensor:
+    def dumped(folder: Path, ids: torch.Tensor, *options) -> dict[str, torch.Tensor]:
         tokens, dump = tmp_path / "ids.json", tmp_path / "dump.safetensors"
         tokens.write_text(json.dumps(ids.tolist()))
         moepress("eval", folder, "--tokens", tokens, "--dump", dump, *options)
-        return load_file(dump)["logits"]
+        return load_file(dump)
 
-    return logits
+    return dumped
 
 
 @pytest.fixture
