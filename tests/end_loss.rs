@@ -2,7 +2,7 @@
 //!
 //! Run with `cargo test --release --test end_loss -- --ignored --nocapture`. Other models and texts: `MOEPRESS_MODEL`,
 //! `MOEPRESS_CALIB` and `MOEPRESS_TEST` name a checkpoint and two folders of texts, `MOEPRESS_MATRICES` how many matrices.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test fails by panicking, and this one prints a table")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -88,7 +88,8 @@ impl Bench {
         let folder = place("MOEPRESS_MODEL", "moe-4m");
         let model = Model::open(&folder).unwrap();
         let vocab = model.spec().vocab;
-        let calibrate = Calibrate { corpus: vec![], samples, tokens: 512, seed: 0, sampler: Sampler::default(), similarity_tokens: 0, traces: false };
+        let calibrate =
+            Calibrate { corpus: vec![], samples, tokens: 512, seed: 0, sampler: Sampler::default(), similarity_tokens: 0, traces: false };
         let ids = draw(&calibrate, &corpus(&place("MOEPRESS_CALIB", "text/calib"), &folder, vocab)).unwrap().ids;
         let test = Windows::of(&corpus(&place("MOEPRESS_TEST", "text/test"), &folder, vocab), 512, Some(max_tokens)).unwrap();
         Self { model, ids, test }

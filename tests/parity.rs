@@ -4,7 +4,7 @@
 //! distance between a chosen expert and one that was not is in the references' metadata), so the same experts are wanted for every token.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -35,7 +35,13 @@ struct Case {
 impl Case {
     fn read(folder: PathBuf) -> Self {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        let bytes = fs_err::read(folder.with_extension("safetensors")).unwrap();
+        let file = folder.with_extension("safetensors");
+        Self::vectors(name, folder, &file)
+    }
+
+    /// The vectors of a file, references or a dump.
+    fn vectors(name: String, folder: PathBuf, file: &Path) -> Self {
+        let bytes = fs_err::read(file).unwrap();
         let (mut floats, mut ints, mut shapes) = (Vectors::new(), BTreeMap::new(), BTreeMap::new());
         for (tensor, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
             shapes.insert(tensor.clone(), view.shape().to_vec());
@@ -191,8 +197,7 @@ fn every_family_computes_what_transformers_computes() {
         println!("{}: at most {far:.1e} off", case.name);
     }
     assert!(problems.is_empty(), "{}", problems.join("\n"));
-    let families: std::collections::BTreeSet<_> =
-        cases.iter().map(|case| Model::open(&case.folder).unwrap().spec().model_type.clone()).collect();
+    let families: BTreeSet<_> = cases.iter().map(|case| Model::open(&case.folder).unwrap().spec().model_type.clone()).collect();
     assert_eq!(families.len(), calib::arch::FAMILIES.len(), "a family has no reference: {families:?}");
 }
 
@@ -247,4 +252,33 @@ fn the_distance_sees_one_wrong_value_and_nan() {
     assert!((distance(&a, &b) - 0.01).abs() < 1e-6);
     a[7] = f32::NAN;
     assert_eq!(distance(&a, &b), f64::INFINITY);
+}
+
+#[test]
+fn the_program_writes_these_tensors() {
+    let work = tempfile::tempdir().unwrap();
+    for case in cases() {
+        let (ids, dump) = (work.path().join("ids.json"), work.path().join("dump.safetensors"));
+        fs_err::write(&ids, serde_json::to_string(&case.ids("input_ids").unwrap()).unwrap()).unwrap();
+        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_moepress"));
+        let done = program.arg("eval").arg(&case.folder).arg("--tokens").arg(&ids).arg("--dump").arg(&dump).output().unwrap();
+        assert!(done.status.success(), "{}: {}", case.name, String::from_utf8_lossy(&done.stderr));
+        let ours = Case::vectors(case.name.clone(), case.folder.clone(), &dump);
+        let mut problems = Vec::new();
+        compare(&case, &ours.floats, &mut problems);
+        for (name, shape) in case.shapes.iter().filter(|(name, _)| *name != "generated") {
+            if ours.shapes.get(name) != Some(shape) {
+                problems.push(format!("{}: {name} is {:?}, not {shape:?}", case.name, ours.shapes.get(name)));
+            }
+        }
+        assert_eq!(ours.ints["input_ids"], case.ints["input_ids"]);
+        for index in case.ints.keys().filter(|name| name.ends_with("topk_index")) {
+            let sorted = |ints: &[u32]| -> Vec<Vec<u32>> {
+                let rows = ints.chunks_exact(*case.shapes[index].last().unwrap());
+                rows.map(|row| row.iter().copied().collect::<BTreeSet<_>>().into_iter().collect()).collect()
+            };
+            assert_eq!(sorted(&ours.ints[index]), sorted(&case.ints[index]), "{}: {index}", case.name);
+        }
+        assert!(problems.is_empty(), "{}", problems.join("\n"));
+    }
 }

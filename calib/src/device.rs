@@ -116,14 +116,17 @@ fn cuda(index: usize) -> Result<Device> {
 
 #[cfg(feature = "cuda")]
 fn cuda(index: usize) -> Result<Device> {
-    use cudarc::driver::{CudaContext, sys};
+    use cudarc::driver::CudaContext;
 
     let no = |reason: String| Error::NoCuda { index, reason };
-    // SAFETY: it only asks the loader whether libcuda can be opened; nothing is called in it.
+    // SAFETY: both only ask the loader whether a library can be opened; nothing is called in it.
     #[allow(unsafe_code)]
-    let driver = unsafe { sys::is_culib_present() };
+    let (driver, compiler) = unsafe { (cudarc::driver::sys::is_culib_present(), cudarc::nvrtc::sys::is_culib_present()) };
     if !driver {
         return Err(no("the driver library libcuda is not on this machine".to_owned()));
+    }
+    if !compiler {
+        return Err(no("libnvrtc, which compiles the kernels, is not on this machine (it is part of the CUDA toolkit)".to_owned()));
     }
     let count = CudaContext::device_count().map_err(|e| no(format!("the driver says {e:?}")))?;
     if index >= count.max(0) as usize {

@@ -365,6 +365,15 @@ pub enum Error {
         tokens: usize,
     },
 
+    /// A folder of statistics that cannot be added to others.
+    #[error("{}: {reason}", dir.display())]
+    Unmergeable {
+        /// The folder.
+        dir: PathBuf,
+        /// Why.
+        reason: String,
+    },
+
     /// A file of statistics or hidden states that does not read.
     #[error("{}: {message}; delete it and run the pass again", path.display())]
     Statistics {

@@ -9,6 +9,8 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::matmul::{matmul, triangular};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
+use faer::reborrow::{Reborrow, ReborrowMut};
 use faer::{Accum, MatMut, MatRef, Par, Spec};
 use ndarray::{Array2, ArrayView2, ArrayViewMut2};
 
@@ -156,6 +158,46 @@ pub fn product(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>) -> Array2<f32> {
     c
 }
 
+/// `a · b[rows, columns]`, with `b` row by row in memory: `[m, rows]` times a block.
+///
+/// # Panics
+///
+/// If `a` is not as wide as there are rows, the block does not lie within `b`, or `b` is not row by row in memory.
+pub fn block_product(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, rows: Range<usize>, columns: Range<usize>) -> Array2<f32> {
+    assert_eq!(a.ncols(), rows.len(), "inner dimensions of a product");
+    let mut c = Array2::zeros((a.nrows(), columns.len()));
+    let a = a.as_standard_layout();
+    let ((height, width), whole) = (c.dim(), b.dim());
+    let (Some(a), Some(b), Some(out)) = (a.as_slice(), b.as_slice(), c.as_slice_mut()) else {
+        panic!("a matrix whose blocks are multiplied lies row by row in memory");
+    };
+    let a = MatRef::from_row_major_slice(a, height, rows.len());
+    let b = MatRef::from_row_major_slice(b, whole.0, whole.1).submatrix(rows.start, columns.start, rows.len(), columns.len());
+    matmul(MatMut::from_row_major_slice_mut(out, height, width), Accum::Replace, a, b, 1.0_f32, Par::Seq);
+    c
+}
+
+/// Solves `a · x = b` for a symmetric positive definite `a`, `[side, side]`, in f64; `b` becomes `x`.
+///
+/// # Errors
+///
+/// [`Error::NotPositiveDefinite`]; `b` is then as it was.
+///
+/// # Panics
+///
+/// If `a` has not the square of `b`'s length.
+pub fn solve(a: &mut [f64], b: &mut [f64]) -> Result<()> {
+    let side = b.len();
+    let mut memory = MemBuffer::new(cholesky_in_place_scratch::<f64>(side, Par::Seq, Spec::default()));
+    let mut a = MatMut::from_column_major_slice_mut(a, side, side);
+    cholesky_in_place(a.rb_mut(), Default::default(), Par::Seq, MemStack::new(&mut memory), Spec::default())
+        .map_err(|LltError::NonPositivePivot { index }| Error::NotPositiveDefinite { pivot: index.min(side - 1), side })?;
+    let mut x = MatMut::from_column_major_slice_mut(b, side, 1);
+    solve_lower_triangular_in_place(a.rb(), x.rb_mut(), Par::Seq);
+    solve_upper_triangular_in_place(a.rb().transpose(), x, Par::Seq);
+    Ok(())
+}
+
 fn square(h: &ArrayView2<'_, f32>) -> Result<usize> {
     let (rows, columns) = h.dim();
     if rows == columns { Ok(rows) } else { Err(Error::NotSquare { rows, columns }) }
@@ -239,6 +281,24 @@ mod tests {
         mirror(h.view_mut());
         let by_hand = first.t().dot(&first) + second.t().dot(&second);
         assert!((&h - &by_hand).iter().all(|x| x.abs() < 1e-5));
+    }
+
+    #[test]
+    fn a_block_of_a_product() {
+        let (a, b) = (matrix(3, 4, 1), matrix(10, 9, 2));
+        let by_hand = a.dot(&b.slice(ndarray::s![2..6, 5..9]));
+        assert!((&block_product(a.view(), b.view(), 2..6, 5..9) - &by_hand).iter().all(|x| x.abs() < 1e-6));
+    }
+
+    #[test]
+    fn two_unknowns_by_hand() {
+        // [[4, 2], [2, 3]] · [1, 2] = [8, 8].
+        let mut x = [8.0, 8.0];
+        solve(&mut [4.0, 2.0, 2.0, 3.0], &mut x).unwrap();
+        assert!((x[0] - 1.0).abs() < 1e-12 && (x[1] - 2.0).abs() < 1e-12, "{x:?}");
+        let mut kept = [1.0, 1.0];
+        assert!(matches!(solve(&mut [1.0, 2.0, 2.0, 1.0], &mut kept), Err(Error::NotPositiveDefinite { pivot: 1, side: 2 })));
+        assert_eq!(kept, [1.0, 1.0]);
     }
 
     #[test]

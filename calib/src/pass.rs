@@ -4,12 +4,15 @@
 //! finished layer writes the hidden states beside, by rename, so that a killed run goes on at the last finished layer, with
 //! the same bytes at its end. [`run`] is the measuring pass on it: it fills a [`Store`] with one file of statistics a layer.
 //!
-//! **Memory.** What [`forward`](crate::forward) states for one layer, and the layer's statistics; one batch more in f32
-//! while hidden states are written.
+//! **Memory.** What [`forward`](crate::forward) states for one layer, one more copy of the hidden states in a layer of experts
+//! (two where it has a shared expert), `16·R·k` bytes for `R` rows that choose `k` experts, the chunks of `n` experts in
+//! flight once more as numbers to be added up, and the layer's statistics. [`peak_bytes`] computes it, and a test holds the
+//! pass to it. While hidden states are written there is one batch of them more.
 
 mod alike;
 mod draw;
 mod measure;
+mod peak;
 mod snapshot;
 mod watch;
 
@@ -26,6 +29,7 @@ use crate::{Error, Result, Weights};
 
 pub use draw::{Draw, draw, routing_counts};
 pub use measure::{Measure, Measured};
+pub use peak::peak_bytes;
 pub use snapshot::Snapshots;
 pub use watch::Watch;
 use watch::Watched;
@@ -354,8 +358,15 @@ mod tests {
         let store = Store::new(dir.path());
         let calibrate = Calibrate { traces: true, similarity_tokens: 40, ..calibrate() };
         let samples = corpus();
-        let pass =
-            Pass { weights: &table, fingerprint: "model", samples: &samples, calibrate: &calibrate, store: &store, watch: None, progress: &Quiet };
+        let pass = Pass {
+            weights: &table,
+            fingerprint: "model",
+            samples: &samples,
+            calibrate: &calibrate,
+            store: &store,
+            watch: None,
+            progress: &Quiet,
+        };
         run(&pass, Device::Cpu).unwrap();
         let (first, second) = (store.traces(0).unwrap().unwrap(), store.traces(1).unwrap().unwrap());
         assert_eq!((first.dim(), second.dim()), ((3500, 2), (3500, 2)));

@@ -1,12 +1,14 @@
 //! GPTQ of experts shaped like Qwen3-30B-A3B's (gate and up 768 x 2048, down 2048 x 768), beside a matrix product of the same
 //! run, on all cores.
 //!
-//! Counted are `R·K² + ⅔K³` flops a factorized input, with `R` the rows of all matrices that share it.
-#![allow(missing_docs, clippy::print_stdout, reason = "a bench reports on the terminal")]
+//! Counted are `R·K² + ⅔K³` flops a factorized input, with `R` the rows of all matrices that share it; of a descent `2·R·K²` at
+//! its start and `3·R·K²` a round (the systems of its scales are symmetric), and nothing for its sweeps.
+#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, reason = "a bench reports on the terminal")]
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use compress::quantize::descent::{self, descent};
 use compress::quantize::gptq::{Params, factorize, gptq};
 use compress::quantize::{Grid, Width};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
@@ -16,6 +18,8 @@ use rayon::prelude::*;
 
 const HIDDEN: usize = 2048;
 const INTERMEDIATE: usize = 768;
+
+const WIDTH: Width = Width { bits: 2, group: Group::Size(128), scale_type: ScaleType::Bf16, grid: Grid::Half };
 
 /// Shortest of some runs: others on the machine only lengthen them.
 fn shortest(mut work: impl FnMut()) -> Duration {
@@ -62,11 +66,21 @@ impl Case {
     }
 
     fn solve(&self, params: &Params) {
-        let width = Width { bits: 4, group: Group::Size(128), scale_type: ScaleType::Bf16, grid: Grid::Sym };
-        let factor = factorize(self.moment.view(), &[width.group], params).unwrap();
+        let factor = factorize(self.moment.view(), &[WIDTH.group], params).unwrap();
         for w in &self.matrices {
-            black_box(gptq(w.view(), &factor, &width, params).unwrap());
+            black_box(gptq(w.view(), &factor, &WIDTH, params).unwrap());
         }
+    }
+
+    /// A descent of the first matrix, to be repeated, and its flops.
+    fn descent(&self) -> (impl Fn() + Sync, f64) {
+        let params = Params::default();
+        let factor = factorize(self.moment.view(), &[WIDTH.group], &params).unwrap();
+        let (w, lambda) = (&self.matrices[0], factor.lambda());
+        let solved = gptq(w.view(), &factor, &WIDTH, &params).unwrap().matrix;
+        let work = move || descent(w.view(), &solved, self.moment.view(), lambda, &descent::Params::default()).unwrap();
+        let products = 2 + 3 * work().rounds;
+        (move || drop(black_box(work())), products as f64 * w.nrows() as f64 * (w.ncols() as f64).powi(2))
     }
 }
 
@@ -84,20 +98,21 @@ fn experts(criterion: &mut Criterion) {
     let mut summary = Vec::new();
     let mut group = criterion.benchmark_group("gptq");
     group.sample_size(10).measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(200));
+    let mut measure = |name: String, flops: f64, work: &(dyn Fn() + Sync)| {
+        group.throughput(Throughput::Elements((threads as f64 * flops) as u64));
+        group.bench_function(&name, |b| b.iter(|| everywhere(work)));
+        let gemm = rate(2.0 * (HIDDEN as f64).powi(3), shortest(product));
+        let rate = rate(flops, shortest(|| everywhere(work)));
+        let share = 100.0 * rate / gemm;
+        summary.push(format!("{name}: {rate:.1} GFLOP/s, {share:.0}% of a matrix product's {gemm:.1}, {threads} threads"));
+    };
     for case in &cases {
-        group.throughput(Throughput::Elements((threads as f64 * case.flops()) as u64));
         for (name, clips) in [("plain scales", 1), ("32 scales", 32)] {
             let params = Params { clips, ..Params::default() };
-            let solve = || everywhere(&|| case.solve(&params));
-            group.bench_function(format!("{}, {name}", case.name), |b| b.iter(solve));
-            let gemm = rate(2.0 * (HIDDEN as f64).powi(3), shortest(product));
-            let rate = rate(case.flops(), shortest(solve));
-            summary.push(format!(
-                "{}, {name}: {rate:.1} GFLOP/s, {:.0}% of a matrix product's {gemm:.1}, {threads} threads",
-                case.name,
-                100.0 * rate / gemm
-            ));
+            measure(format!("{}, {name}", case.name), case.flops(), &|| case.solve(&params));
         }
+        let (descent, flops) = case.descent();
+        measure(format!("{}, descent", case.name), flops, &descent);
     }
     group.finish();
     println!("{}", summary.join("\n"));

@@ -37,6 +37,10 @@ pub enum Error {
     Undecided(#[from] crate::allocate::Undecided),
 
     // ---- quantize ----
+    /// Codes, scales or packed words that do not hold together.
+    #[error(transparent)]
+    Codes(#[from] kernels::Error),
+
     /// A weight that no scale can hold.
     #[error("weight {value} at row {row}, column {column} is not finite; nothing can be quantized around it")]
     WeightNotFinite {
@@ -64,6 +68,13 @@ pub enum Error {
     GridBits {
         /// Bits a code.
         bits: u8,
+        /// The grid.
+        grid: crate::quantize::Grid,
+    },
+
+    /// A grid without a zero point for a method that fits one.
+    #[error("hqq fits a zero point, which the grid {grid:?} does not have; use it on the grids asym or offset")]
+    HqqGrid {
         /// The grid.
         grid: crate::quantize::Grid,
     },

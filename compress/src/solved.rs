@@ -54,10 +54,14 @@ pub struct Account {
 pub enum By {
     /// Rounded to nearest, as the plan says.
     Rtn,
+    /// HQQ's codes and zero points.
+    Hqq,
     /// GPTQ's codes.
     Gptq,
     /// GPTQ ran, but plain rounding came out better on the same tokens.
     GptqKeptRtn,
+    /// GPTQ's codes after a descent.
+    GptqDescent,
 }
 
 /// Says which plan the folder belongs to.

@@ -1,5 +1,5 @@
 //! Packing and unpacking codes of every width, beside a copy of the same bytes. GB/s count the codes that go in or come out.
-#![allow(missing_docs, clippy::print_stdout, reason = "a bench reports on the terminal")]
+#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, reason = "a bench reports on the terminal")]
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -4,11 +4,12 @@
 //! bit `p mod 32` of 32-bit word `p div 32`. 32 codes take exactly `b` words; a row that ends inside a word is padded with
 //! zeros.
 //!
-//! Eight codes of a byte each become `b` bytes by three shifts within a 64-bit word (pairs, pairs of pairs, halves), so that
-//! no code is touched alone.
+//! Eight codes of a byte each become `b` bytes by three shifts within a 64-bit word (pairs, pairs of pairs, halves), and eight
+//! of these fill `b` such words: no code is touched alone.
 
 use rayon::prelude::*;
 
+use crate::simd::widest;
 use crate::{Error, Result};
 
 /// Bytes of codes below which a split over threads costs more than it brings.
@@ -128,39 +129,56 @@ fn repeat(bits: u8) -> u64 {
     u64::from(u8::MAX >> (8 - bits)) * 0x0101_0101_0101_0101
 }
 
+/// Codes and words of one run: a row, or, where rows end with a word, all of a job's rows, which are then one stream.
+fn run(columns: usize, width: usize, bits: usize, rows: usize) -> (usize, usize) {
+    if columns * bits == width * 32 { (columns * rows, width * rows) } else { (columns, width) }
+}
+
 /// Packs all rows; gives the bitwise or of all codes, so that the caller sees whether one did not fit.
 fn pack_all<const B: usize>(codes: &[u8], columns: usize, packed: &mut [u32], width: usize) -> u64 {
-    let rows_a_job = PARALLEL_BYTES.div_ceil(columns);
+    let rows = PARALLEL_BYTES.div_ceil(columns);
+    let (run_codes, run_words) = run(columns, width, B, rows);
     codes
-        .par_chunks(columns * rows_a_job)
-        .zip(packed.par_chunks_mut(width * rows_a_job))
+        .par_chunks(columns * rows)
+        .zip(packed.par_chunks_mut(width * rows))
         .map(|(codes, packed)| {
-            let mut lanes = 0;
-            for (codes, packed) in codes.chunks_exact(columns).zip(packed.chunks_exact_mut(width)) {
-                lanes |= pack_row::<B>(codes, bytemuck::cast_slice_mut(packed));
-            }
-            lanes
+            let runs = codes.chunks(run_codes).zip(packed.chunks_mut(run_words));
+            widest(
+                #[inline(always)]
+                || runs.fold(0, |lanes, (codes, packed)| lanes | pack_run::<B>(codes, bytemuck::cast_slice_mut(packed))),
+            )
         })
         .reduce(|| 0, |a, b| a | b)
 }
 
-/// One row; `packed` has at least `⌈len·B / 8⌉` bytes.
-fn pack_row<const B: usize>(codes: &[u8], packed: &mut [u8]) -> u64 {
+/// One run; `packed` has at least `⌈len·B / 8⌉` bytes.
+#[inline(always)]
+fn pack_run<const B: usize>(codes: &[u8], packed: &mut [u8]) -> u64 {
+    let (blocks, tail) = codes.as_chunks::<64>();
+    let (body, rest) = packed.split_at_mut(blocks.len() * 8 * B);
     let mut lanes = 0;
-    let (eights, tail) = codes.as_chunks::<8>();
-    let (body, rest) = packed.split_at_mut(eights.len() * B);
-    for (eight, out) in eights.iter().zip(body.as_chunks_mut::<B>().0) {
-        let x = u64::from_le_bytes(*eight);
-        lanes |= x;
-        out.copy_from_slice(&squeeze::<B>(x).to_le_bytes()[..B]);
+    for (block, out) in blocks.iter().zip(body.as_chunks_mut::<8>().0.chunks_exact_mut(B)) {
+        // The words that 64 codes fill: eight times 8·B bits, one after the other.
+        let (mut word, mut filled, mut at) = (0, 0, 0);
+        for eight in block.as_chunks::<8>().0 {
+            let codes = u64::from_le_bytes(*eight);
+            lanes |= codes;
+            let bits = squeeze::<B>(codes);
+            word |= bits << filled;
+            filled += 8 * B;
+            if filled >= 64 {
+                out[at] = word.to_le_bytes();
+                (filled, at) = (filled - 64, at + 1);
+                word = if filled == 0 { 0 } else { bits >> (8 * B - filled) };
+            }
+        }
     }
-    if !tail.is_empty() {
+    for (codes, out) in tail.chunks(8).zip(rest.chunks_mut(B)) {
         let mut eight = [0; 8];
-        eight[..tail.len()].copy_from_slice(tail);
-        let x = u64::from_le_bytes(eight);
-        lanes |= x;
-        let bytes = (tail.len() * B).div_ceil(8);
-        rest[..bytes].copy_from_slice(&squeeze::<B>(x).to_le_bytes()[..bytes]);
+        eight[..codes.len()].copy_from_slice(codes);
+        let codes = u64::from_le_bytes(eight);
+        lanes |= codes;
+        out.copy_from_slice(&squeeze::<B>(codes).to_le_bytes()[..out.len()]);
     }
     lanes
 }
@@ -185,28 +203,44 @@ const fn lows(bits: usize, lane: usize) -> u64 {
 }
 
 fn unpack_all<const B: usize>(packed: &[u32], width: usize, codes: &mut [u8], columns: usize) {
-    let rows_a_job = PARALLEL_BYTES.div_ceil(columns);
-    codes.par_chunks_mut(columns * rows_a_job).zip(packed.par_chunks(width * rows_a_job)).for_each(|(codes, packed)| {
-        for (codes, packed) in codes.chunks_exact_mut(columns).zip(packed.chunks_exact(width)) {
-            unpack_row::<B>(bytemuck::cast_slice(packed), codes);
-        }
+    let rows = PARALLEL_BYTES.div_ceil(columns);
+    let (run_codes, run_words) = run(columns, width, B, rows);
+    codes.par_chunks_mut(columns * rows).zip(packed.par_chunks(width * rows)).for_each(|(codes, packed)| {
+        let runs = codes.chunks_mut(run_codes).zip(packed.chunks(run_words));
+        widest(
+            #[inline(always)]
+            || runs.for_each(|(codes, packed)| unpack_run::<B>(bytemuck::cast_slice(packed), codes)),
+        );
     });
 }
 
-/// One row, from at least `⌈len·B / 8⌉` bytes.
-fn unpack_row<const B: usize>(packed: &[u8], codes: &mut [u8]) {
-    let (eights, tail) = codes.as_chunks_mut::<8>();
-    let (body, rest) = packed.split_at(eights.len() * B);
-    for (eight, bytes) in eights.iter_mut().zip(body.as_chunks::<B>().0) {
-        let mut word = [0; 8];
-        word[..B].copy_from_slice(bytes);
-        *eight = spread::<B>(u64::from_le_bytes(word)).to_le_bytes();
+/// One run, from at least `⌈len·B / 8⌉` bytes.
+#[inline(always)]
+fn unpack_run<const B: usize>(packed: &[u8], codes: &mut [u8]) {
+    let (blocks, tail) = codes.as_chunks_mut::<64>();
+    let (body, rest) = packed.split_at(blocks.len() * 8 * B);
+    for (block, words) in blocks.iter_mut().zip(body.as_chunks::<8>().0.chunks_exact(B)) {
+        let (mut word, mut left, mut at) = (0, 0, 0);
+        for eight in block.as_chunks_mut::<8>().0 {
+            let mut bits = word;
+            if left < 8 * B {
+                word = u64::from_le_bytes(words[at]);
+                at += 1;
+                bits |= word << left;
+                let taken = 8 * B - left;
+                word = if taken == 64 { 0 } else { word >> taken };
+                left = 64 - taken;
+            } else {
+                word = if B == 8 { 0 } else { word >> (8 * B) };
+                left -= 8 * B;
+            }
+            *eight = spread::<B>(bits).to_le_bytes();
+        }
     }
-    if !tail.is_empty() {
-        let bytes = (tail.len() * B).div_ceil(8);
+    for (codes, bytes) in tail.chunks_mut(8).zip(rest.chunks(B)) {
         let mut word = [0; 8];
-        word[..bytes].copy_from_slice(&rest[..bytes]);
-        tail.copy_from_slice(&spread::<B>(u64::from_le_bytes(word)).to_le_bytes()[..tail.len()]);
+        word[..bytes.len()].copy_from_slice(bytes);
+        codes.copy_from_slice(&spread::<B>(u64::from_le_bytes(word)).to_le_bytes()[..codes.len()]);
     }
 }
 

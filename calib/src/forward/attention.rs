@@ -297,7 +297,7 @@ mod tests {
     use super::*;
     use crate::device::Cpu;
     use crate::forward::moe::values;
-    use crate::forward::testing::{Noise, distance};
+    use crate::forward::testing::{Noise, distance, grouped_spec, random as random_table};
 
     type Heads = Tensor<Cpu, 4>;
 
@@ -371,6 +371,47 @@ mod tests {
                     assert!(error < 1e-6, "{which}, window {window:?}, step {cut}: {error:e}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn gradients_through_norms_and_clamps_are_those_of_finite_differences() {
+        let device = Default::default();
+        for norm in [QkNorm::None, QkNorm::PerHead, QkNorm::FullWidth] {
+            let mut spec = grouped_spec();
+            let mut shape =
+                Grouped { heads: 4, kv_heads: 2, head_dim: 8, qkv_bias: true, output_bias: true, qk_norm: norm, clip: None, scale: 0.4 };
+            spec.attention = crate::arch::Attention::Grouped(shape.clone());
+            let table = random_table(spec.clone(), 7);
+            let source = Source { weights: &table, layer: 0, device: &device };
+            let mut noise = Noise(8);
+            let [x, dy] = [(); 2].map(|()| random(&mut noise, [1, 1, 12, 24]).reshape([12, 24]));
+            // The clamp stands in the widest gap between the largest tenth of what it will see, so that no step crosses it.
+            let free = GroupedAttention::<Cpu>::load(&source, &spec, &shape).unwrap();
+            let full = free.norms.as_ref().filter(|_| norm == QkNorm::FullWidth);
+            let seen = [(&free.query, full.map(|n| &n[0])), (&free.key, full.map(|n| &n[1])), (&free.value, None)].map(|(linear, norm)| {
+                let z = linear.apply(x.clone());
+                values(norm.map_or_else(|| z.clone(), |norm| norm.apply(z.clone())), "test").unwrap()
+            });
+            let mut sizes: Vec<f32> = seen.concat().into_iter().map(f32::abs).collect();
+            sizes.sort_by(f32::total_cmp);
+            let tail = &sizes[sizes.len() * 9 / 10..sizes.len() - 5];
+            let widest = tail.windows(2).max_by(|a, b| (a[1] - a[0]).total_cmp(&(b[1] - b[0]))).unwrap();
+            shape.clip = Some((widest[0] + widest[1]) / 2.0);
+            let attention = GroupedAttention::<Cpu>::load(&source, &spec, &shape).unwrap();
+
+            let rotary = Rotary::new(&spec.rope, 0, 6, &device);
+            let frame = Frame { shape: [2, 6], rotary: &rotary, window: None };
+            let gradient = attention.backward(x.clone(), dy.clone(), &frame).input;
+            let length = f64::from(gradient.clone().powi_scalar(2).sum().sqrt().into_scalar());
+            let loss = |by: f64| {
+                let moved = x.clone() + gradient.clone() * (by / length);
+                let mut pass = Pass { rotary: &rotary, window: None, cache: None, wants: &|_| false, seen: Vec::new() };
+                let y = values(attention.forward(moved.reshape([2, 6, 24]), &mut pass), "test").unwrap();
+                y.iter().zip(values(dy.clone(), "test").unwrap()).map(|(y, d)| f64::from(*y) * f64::from(d)).sum::<f64>()
+            };
+            let slope = (8.0 * (loss(0.01) - loss(-0.01)) - (loss(0.02) - loss(-0.02))) / 0.12;
+            assert!((slope / length - 1.0).abs() < 1e-3, "{norm:?}: {slope} for {length}");
         }
     }
 

@@ -89,7 +89,7 @@ impl<B: Backend> Linear<B> {
 
     /// The gradient at the rows from `dz`, that at the outputs: `dz · W`.
     pub fn backward(&self, dz: Tensor<B, 2>) -> Tensor<B, 2> {
-        dz.matmul(self.weight.clone().transpose())
+        dz.matmul(self.weight.clone())
     }
 }
 

@@ -60,7 +60,7 @@ fn attention(spec: &Spec, batch: usize, tokens: usize) -> (usize, usize) {
 
 #[cfg(test)]
 #[cfg(target_os = "linux")]
-mod tests {
+pub(crate) mod tests {
     use burn::tensor::{Tensor, TensorData};
     use ndarray::{Array1, Array2};
 
@@ -71,14 +71,14 @@ mod tests {
     use crate::forward::{NoTap, Options, decoder_layer};
     use crate::{Result, Weights};
 
-    const SAMPLES: Samples = Samples { count: 32, tokens: 256 };
-    const IN_FLIGHT: usize = 2;
+    pub(crate) const SAMPLES: Samples = Samples { count: 32, tokens: 256 };
+    pub(crate) const IN_FLIGHT: usize = 2;
 
     /// A layer whose experts together are 192 MiB, made when they are asked for. Its router sees no difference between them, so
     /// that the first two get every row: the most that an expert can be given.
-    struct Made(Spec);
+    pub(crate) struct Made(pub Spec);
 
-    fn wide(mut spec: Spec) -> Made {
+    pub(crate) fn wide(mut spec: Spec) -> Made {
         spec.hidden = 256;
         if let Attention::Grouped(a) = &mut spec.attention {
             *a = Grouped { heads: 8, kv_heads: 2, head_dim: 32, ..a.clone() };
@@ -131,16 +131,16 @@ mod tests {
     }
 
     /// A line of `/proc/self/status`, in bytes.
-    fn status(key: &str) -> u64 {
+    pub(crate) fn status(key: &str) -> u64 {
         let text = fs_err::read_to_string("/proc/self/status").unwrap();
         let line = text.lines().find(|line| line.starts_with(key)).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
     }
 
-    /// Runs one layer in a process of its own, whose peak nothing else disturbs.
-    fn measured(child: &str) -> u64 {
+    /// Runs an ignored test that prints `peak: bytes` in a process of its own, whose peak nothing else disturbs.
+    pub(crate) fn measured(child: &str) -> u64 {
         let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", &format!("forward::memory::tests::{child}"), "--ignored", "--nocapture"])
+            .args(["--exact", child, "--ignored", "--nocapture"])
             .env("RAYON_NUM_THREADS", IN_FLIGHT.to_string())
             // Freed blocks go back at once, so that the peak is of what was held.
             .env("MALLOC_TRIM_THRESHOLD_", "65536")
@@ -154,15 +154,20 @@ mod tests {
 
     fn run(made: &Made) {
         let before = status("VmRSS");
+        let mut hidden = noise_batches(made);
+        decoder_layer(made, 0, &mut hidden, &NoTap, Options { in_flight: IN_FLIGHT }).unwrap();
+        println!("peak: {}", status("VmHWM") - before);
+    }
+
+    /// Hidden states of [`SAMPLES`].
+    pub(crate) fn noise_batches(made: &Made) -> Vec<Tensor<Cpu, 3>> {
         let (count, d) = (BATCH_TOKENS / SAMPLES.tokens, made.0.hidden);
         let mut noise = Noise(3);
         let mut batch = || {
             let values: Vec<f32> = (0..count * SAMPLES.tokens * d).map(|_| noise.next()).collect();
             Tensor::<Cpu, 3>::from_data(TensorData::new(values, [count, SAMPLES.tokens, d]), &Default::default())
         };
-        let mut hidden: Vec<_> = (0..SAMPLES.count / count).map(|_| batch()).collect();
-        decoder_layer(made, 0, &mut hidden, &NoTap, Options { in_flight: IN_FLIGHT }).unwrap();
-        println!("peak: {}", status("VmHWM") - before);
+        (0..SAMPLES.count / count).map(|_| batch()).collect()
     }
 
     #[test]
@@ -182,7 +187,7 @@ mod tests {
         for (child, spec) in [("grouped", grouped_spec()), ("latent", latent_spec())] {
             let Made(spec) = wide(spec);
             let bound = peak_bytes(&spec, 0, SAMPLES, IN_FLIGHT);
-            let peak = measured(child);
+            let peak = measured(&format!("forward::memory::tests::{child}"));
             println!("{child}: {} of {} MiB", peak >> 20, bound >> 20);
             // Threads, gemm's packing buffers and the allocator's slack.
             assert!(peak < bound + (24 << 20), "{child}: peak {peak}, formula {bound}");

@@ -25,7 +25,7 @@ mod head;
 mod latent;
 mod layer;
 mod linear;
-mod memory;
+pub(crate) mod memory;
 mod moe;
 mod norm;
 mod parallel;
@@ -45,10 +45,9 @@ pub use head::Head;
 pub(crate) use layer::{Context, MlpKind};
 pub use layer::{DecoderLayer, Experts, decoder_layer};
 pub use memory::{Samples, peak_bytes};
+pub(crate) use moe::CHUNK;
 pub use moe::values;
-pub(crate) use moe::{
-    CHUNK, GatedMlp, Load, MlpAdjoint, MoeBlock, Output, SharedExpert, accumulate, add, blocks, expert, gather, pieces, starts,
-};
+pub(crate) use moe::{GatedMlp, Load, MlpAdjoint, MoeBlock, Output, SharedExpert, accumulate, add, blocks, expert, gather, pieces, starts};
 pub use parallel::Options;
 pub(crate) use parallel::{in_blocks, together};
 pub use tap::{NoTap, Routed, Routing, Tap};

@@ -39,6 +39,9 @@ pub struct Routing {
 ///
 /// Rows of one site arrive in chunks, in rising order of token; `done` follows the last chunk. Different sites may be
 /// served from different threads; one site is always served from one thread at a time.
+///
+/// Hold no lock while multiplying tensors: a thread that waits for a product may take up another expert meanwhile and come
+/// back through the tap.
 pub trait Tap<B: Backend>: Sync {
     /// Whether the rows of this site are wanted (converting and gathering them is not free).
     fn wants(&self, _layer: usize, _site: Site) -> bool {

@@ -186,7 +186,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
         let calibrate = calibrate(Sampler::default());
-        let pass = Pass { weights: &table, fingerprint: "m", samples: &samples, calibrate: &calibrate, store: &store, watch: None, progress: &Quiet };
+        let pass = Pass {
+            weights: &table,
+            fingerprint: "m",
+            samples: &samples,
+            calibrate: &calibrate,
+            store: &store,
+            watch: None,
+            progress: &Quiet,
+        };
         run(&pass, Device::Cpu).unwrap();
         let load = store.get(1).unwrap().experts.unwrap().router.load();
         let summed: Vec<u64> = (0..6).map(|e| counts.iter().map(|c| u64::from(c[e])).sum()).collect();

@@ -12,9 +12,11 @@
 
 mod block;
 mod channels;
+mod coverage;
 pub mod end_loss;
 mod fields;
 mod gates;
+mod merge;
 mod moment;
 mod outputs;
 mod router;
@@ -28,6 +30,7 @@ use crate::{Error, Result};
 
 pub use block::{BlockSums, cosine};
 pub use channels::ChannelSums;
+pub use coverage::Coverage;
 pub use gates::GateSums;
 pub use moment::Moment;
 pub use outputs::{OutputChunk, OutputSums};

@@ -208,7 +208,8 @@ fn read(from: &Fields) -> Option<LayerStats> {
         }),
         false => None,
     };
-    let channels = from.between("channels.", ".tokens").map(|name| Some((site_of(name)?, Stored::read(&format!("channels.{name}."), from)?)));
+    let channels =
+        from.between("channels.", ".tokens").map(|name| Some((site_of(name)?, Stored::read(&format!("channels.{name}."), from)?)));
     let gates = from.between("gates.", ".weight").map(|name| Some((site_of(name)?, Stored::read(&format!("gates.{name}."), from)?)));
     Some(LayerStats { experts, channels: channels.collect::<Option<_>>()?, gates: gates.collect::<Option<_>>()? })
 }

@@ -120,7 +120,8 @@ const TABLE: [Rules; 6] = [
 
 impl Runtime {
     /// All of them with what each ties, for a person who has to choose.
-    pub const MENU: &'static str = "transformers4 (a width for every matrix), transformers5 (one for all experts), vllm (one for the experts of a layer)";
+    pub const MENU: &'static str =
+        "transformers4 (a width for every matrix), transformers5 (one for all experts), vllm (one for the experts of a layer)";
 
     fn rules(self) -> &'static Rules {
         TABLE.iter().find(|rules| rules.runtime == self).unwrap_or(&TABLE[0])
@@ -139,7 +140,9 @@ impl Runtime {
             (Exporter::Planned, Packed::Yes) => Some(format!(
                 "runtime {name} has no exporter yet, and compressed-tensors is not what it loads; plan for it with [export.dense] alone, or name another runtime"
             )),
-            (Exporter::Missing, _) => Some(format!("runtime {name} has no exporter yet, so nothing would load such a plan; choose {}", Self::MENU)),
+            (Exporter::Missing, _) => {
+                Some(format!("runtime {name} has no exporter yet, so nothing would load such a plan; choose {}", Self::MENU))
+            }
         }
     }
 
@@ -151,7 +154,11 @@ impl Runtime {
             Group::PerChannel => rules.groups.is_empty(),
         };
         let ok = rules.bits.contains(&choice.bits) && rules.grids.contains(&choice.grid) && group_fits;
-        (!ok).then(|| format!("runtime {} does not load {choice} {}", rules.name, if kind == Kind::Expert { "for experts" } else { "" }).trim_end().to_owned())
+        (!ok).then(|| {
+            format!("runtime {} does not load {choice} {}", rules.name, if kind == Kind::Expert { "for experts" } else { "" })
+                .trim_end()
+                .to_owned()
+        })
     }
 }
 
@@ -257,7 +264,8 @@ mod tests {
     fn matrices() -> Vec<Matrix> {
         let mut found = Vec::new();
         for layer in 0..2 {
-            let mut add = |part| found.push(Matrix { name: format!("{layer}.{part:?}"), layer, part, shape: [64, 128], scale: ScaleType::Bf16 });
+            let mut add =
+                |part| found.push(Matrix { name: format!("{layer}.{part:?}"), layer, part, shape: [64, 128], scale: ScaleType::Bf16 });
             [Part::Query, Part::Key, Part::Output].into_iter().for_each(&mut add);
             for projection in Projection::ALL {
                 add(Part::Shared(projection));

@@ -117,8 +117,18 @@ pub fn decide(
     let free: Vec<Vec<usize>> = (0..matrices.len()).map(|i| vec![i]).collect();
     let loss_free = if tied == free { allocation.loss } else { solve(matrices, choices, losses, budget, rules, &free)?.1.loss };
     let Allocation { bytes, loss, bound, price, proven, .. } = allocation;
-    let account =
-        Account { cost: cost.to_owned(), runtime: rules.runtime, budget, bytes, classes: tied.len(), loss, bound, price, proven, loss_free };
+    let account = Account {
+        cost: cost.to_owned(),
+        runtime: rules.runtime,
+        budget,
+        bytes,
+        classes: tied.len(),
+        loss,
+        bound,
+        price,
+        proven,
+        loss_free,
+    };
     Ok(Decision { chosen, account })
 }
 

@@ -292,8 +292,7 @@ mod tests {
         let doc: Doc = toml::from_str("choices = [1, { bits = 2, group = 32 }, 3, { bits = 4, grid = \"offset\" }]").unwrap();
         let whole: Vec<Choice> = doc.choices.iter().map(|c| c.whole(Group::Size(128), Grid::Asym)).collect();
         let choice = |bits, group, grid| Choice { bits, group: Group::Size(group), grid };
-        let expected =
-            [choice(1, 128, Grid::Half), choice(2, 32, Grid::Asym), choice(3, 128, Grid::Asym), choice(4, 128, Grid::Offset)];
+        let expected = [choice(1, 128, Grid::Half), choice(2, 32, Grid::Asym), choice(3, 128, Grid::Asym), choice(4, 128, Grid::Offset)];
         assert_eq!(whole, expected);
         assert_eq!(whole[1].to_string(), "2 bits asym, group 32");
     }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::knobs::{Choice, Cost, Fill};
 use crate::Result;
 use crate::quantize::factor::{Factor, factorize};
-use crate::quantize::{Quantizer, gptq, rtn};
+use crate::quantize::{Quantizer, gptq, hqq, rtn};
 
 /// Losses of one matrix, `[choices]`; `None` where the choice does not fit the matrix.
 pub type Losses = Vec<Option<f64>>;
@@ -207,6 +207,7 @@ impl<'a> Shared<'a> {
     fn round(&self, w: ArrayView2<'_, f32>, width: &crate::quantize::Width) -> Result<Array2<f32>> {
         Ok(match self.quantizer {
             Quantizer::Rtn(params) => rtn::rtn(w, width, params)?,
+            Quantizer::Hqq(_) => hqq::hqq(w, width)?,
             Quantizer::Gptq(params) => rtn::rtn_weighted(w, &self.diagonal, width, &rtn::Params { clips: params.clips })?,
         }
         .dequantize())
@@ -291,7 +292,8 @@ mod tests {
             let mut parts = [&gate, &up, &down];
             parts[which] = &changed;
             let out = expert(&x, parts);
-            let squares = |(t, row): (usize, ndarray::ArrayView1<'_, f32>)| f64::from(v[t]) * row.iter().map(|&e| f64::from(e).powi(2)).sum::<f64>();
+            let squares =
+                |(t, row): (usize, ndarray::ArrayView1<'_, f32>)| f64::from(v[t]) * row.iter().map(|&e| f64::from(e).powi(2)).sum::<f64>();
             let measured: f64 = (&out - &whole).rows().into_iter().enumerate().map(squares).sum::<f64>() / tokens as f64;
             let ratio = solved[0].unwrap() / measured;
             assert!((0.85..1.15).contains(&ratio), "matrix {which}: predicted {:?}, measured {measured}, ratio {ratio}", solved[0]);
@@ -317,7 +319,8 @@ mod tests {
 
     #[test]
     fn a_choice_that_does_not_fit_has_no_loss() {
-        let choices = [Choice { bits: 2, group: Group::Size(3), grid: Grid::Sym }, Choice { bits: 2, group: Group::Size(4), grid: Grid::Sym }];
+        let choices =
+            [Choice { bits: 2, group: Group::Size(3), grid: Grid::Sym }, Choice { bits: 2, group: Group::Size(4), grid: Grid::Sym }];
         let quantizer = Quantizer::Gptq(gptq::Params::default());
         let shared = Shared::new(Array2::eye(8), &choices, &quantizer, 1.0, Wanted::Solved).unwrap();
         let (rounded, solved) = shared.losses(noise(4, 8, 5).view(), None, ScaleType::Bf16, Wanted::Solved).unwrap();

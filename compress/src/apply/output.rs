@@ -44,7 +44,8 @@ pub fn contents_of(model: &Model, plan: &Plan) -> Result<Vec<Tensor>> {
             Action::Keep => Form::Kept(kept_as(info.dtype)),
             Action::Quantize(how) => Form::Quantized(scheme(how)),
         };
-        let role = model.layout().role(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "it has no role in the model" })?;
+        let role =
+            model.layout().role(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "it has no role in the model" })?;
         tensors.push(Tensor { name: name.clone(), shape: info.shape.clone(), kind: role.kind(), form });
     }
     Ok(tensors)

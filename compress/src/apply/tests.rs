@@ -43,7 +43,15 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         _ => Action::Keep,
     };
     let tensors = model.layout().roles().map(|(role, name)| (name.to_owned(), action(name, role))).collect();
-    Plan { schema: 1, model: model.checkpoint().fingerprint().to_owned(), corpus: None, quantizer: Some(quantizer), allocation: None, tensors }
+    Plan {
+        schema: 1,
+        model: model.checkpoint().fingerprint().to_owned(),
+        corpus: None,
+        quantizer: Some(quantizer),
+        refine: None,
+        allocation: None,
+        tensors,
+    }
 }
 
 fn four_bits() -> Quantize {

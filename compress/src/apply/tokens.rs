@@ -18,7 +18,7 @@ use ndarray::ArrayView2;
 use super::work::Job;
 use crate::plan::Plan;
 use crate::quantize::factor::factorize;
-use crate::quantize::{Kept, Quantizer, Solved, gptq};
+use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
 use crate::solved::{Account, By, LayerFile, Report};
 use crate::{Error, Result};
 
@@ -26,6 +26,7 @@ use crate::{Error, Result};
 pub struct Solver<'a> {
     model: &'a Model,
     params: &'a gptq::Params,
+    refine: Option<&'a Refine>,
     file: &'a LayerFile,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
@@ -39,7 +40,7 @@ impl<'a> Solver<'a> {
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
             by_site.entry(job.site).or_default().push(job);
         }
-        Some(Self { model, params, file, jobs: by_site, moments: Mutex::default() })
+        Some(Self { model, params, refine: plan.refine.as_ref(), file, jobs: by_site, moments: Mutex::default() })
     }
 
     fn take(&self, site: Site) -> Option<Moment> {
@@ -63,14 +64,18 @@ impl<'a> Solver<'a> {
             return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
         };
         let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
-        let factor = factorize(moment.into_matrix().view(), &groups, self.params)?;
+        let moment = moment.into_matrix();
+        let factor = factorize(moment.view(), &groups, self.params)?;
         for job in jobs {
             let w = self.model.matrix(job.role)?;
-            let solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
-            let Solved { kept, loss, damping, dead_channels, .. } = solved;
-            let by = if kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
-            let report = Report { by, solved: Some(Account { loss, damping, dead_channels }) };
-            self.file.put(job.name, &solved.matrix, &report)?;
+            let mut solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
+            let mut by = if solved.kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
+            if let Some(Refine::Descent(params)) = self.refine {
+                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), params)?;
+                (solved.matrix, solved.loss, by) = (descended.matrix, descended.after, By::GptqDescent);
+            }
+            let account = Account { loss: solved.loss, damping: solved.damping, dead_channels: solved.dead_channels };
+            self.file.put(job.name, &solved.matrix, &Report { by, solved: Some(account) })?;
         }
         Ok(())
     }

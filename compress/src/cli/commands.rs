@@ -96,8 +96,9 @@ fn coverage(loaded: &Loaded, dir: &Path, as_json: bool) -> Result<String> {
     };
     let layers = (0..manifest.layers).map(|layer| store.get(layer)).collect::<calib::Result<Vec<_>>>()?;
     if as_json {
-        let counts =
-            |layer: &calib::stats::LayerStats| layer.experts.as_ref().map(|e| e.router.counts.columns().into_iter().map(|c| c.sum()).collect());
+        let counts = |layer: &calib::stats::LayerStats| {
+            layer.experts.as_ref().map(|e| e.router.counts.columns().into_iter().map(|c| c.sum()).collect())
+        };
         let counts: Vec<Option<Vec<u64>>> = layers.iter().map(counts).collect();
         return pretty(&json!({ "manifest": manifest, "tokens_by_expert": counts }));
     }

@@ -14,14 +14,14 @@ use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Account, Choice};
-use crate::quantize::{self, Grid, Quantizer};
+use crate::quantize::{self, Grid, Quantizer, Refine};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
 pub use shape::{Measured, Seen, Shape, Tensor};
 pub use summary::Summary;
-pub use widths::matrices;
 use widths::Widths;
+pub use widths::matrices;
 
 /// The version of [`Plan::schema`] that this program writes.
 pub const SCHEMA: u32 = 1;
@@ -38,6 +38,9 @@ pub struct Plan {
     pub corpus: Option<String>,
     /// The solver of every tensor whose action says `Solver::Planned`.
     pub quantizer: Option<Quantizer>,
+    /// What improves the quantizer's codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refine: Option<Refine>,
     /// How a program shared out the widths, where one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Account>,
@@ -126,6 +129,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         model: shape.fingerprint.clone(),
         corpus: measured.map(|m| m.corpus.clone()),
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
+        refine: recipe.refine.clone(),
         allocation: widths.and_then(|w| w.account),
         quantizer,
     })
@@ -258,7 +262,7 @@ mod tests {
         // 8, 2, 2 loses 9/4096 + 1; 4, 4, 2 loses 10/16 in 2944 bytes; 8, 4, 2 does not fit.
         assert_eq!([bits("b.0.up.weight"), bits("b.0.gate.weight"), bits("b.1.up.weight")], [4, 4, 2]);
         let account = plan.allocation.clone().unwrap();
-        assert_eq!((account.budget, account.bytes, account.cost.as_str()), (3840, 2944, "hessian"));
+        assert_eq!((account.budget, account.bytes, account.cost.as_str()), (3840, 2944, "end_loss"));
         assert_eq!(serde_json::from_str::<Plan>(&serde_json::to_string(&plan).unwrap()).unwrap(), plan);
         let dry = make(&mixed("bytes = \"2kB\""), &shape(), None).unwrap();
         assert_eq!((dry.allocation.as_ref().unwrap().cost.as_str(), dry.summary(&shape()).bytes_after), ("assumed", 1920));

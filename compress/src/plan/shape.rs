@@ -8,8 +8,8 @@ use calib::stats::Store;
 use calib::tensor::Dtype;
 use kernels::ScaleType;
 
-use crate::Result;
 use crate::allocate::sensitivity::Table;
+use crate::{Error, Result};
 
 /// A checkpoint as far as a plan depends on it: its tensors, without their data.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,10 +66,13 @@ impl Measured {
     ///
     /// # Errors
     ///
-    /// An IO error, or a file that is not one of these.
-    pub fn read(store: &Store, corpus: String, layers: usize, table: Option<Table>) -> Result<Self> {
+    /// [`Error::Stage`] if the pass is not finished; an IO error, or a file that is not one of these.
+    pub fn read(store: &Store, table: Option<Table>) -> Result<Self> {
+        let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
+        let manifest = store.manifest()?.ok_or_else(unfinished)?;
+        let corpus = manifest.parts.iter().map(|part| part.corpus.as_str()).collect::<Vec<_>>().join("+");
         let mut sites = BTreeMap::new();
-        for layer in 0..layers {
+        for layer in 0..manifest.layers {
             for (site, sums) in store.get(layer)?.channels {
                 let dead = sums.squares.iter().filter(|square| **square == 0.0).count();
                 sites.insert((layer, site), Seen { rows: sums.tokens, dead });

@@ -53,7 +53,7 @@ impl Fit {
 
 /// The code nearest to `x`: a whole number from 0 to `top`.
 #[inline(always)]
-fn nearest(x: f32, top: f32) -> f32 {
+pub(super) fn nearest(x: f32, top: f32) -> f32 {
     // Written so that each is one instruction; NaN becomes 0.
     let x = if x > 0.0 { x } else { 0.0 };
     let x = if x < top { x } else { top };

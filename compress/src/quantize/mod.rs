@@ -1,13 +1,15 @@
 //! The best codes for a given width: everything that happens to one matrix once its width is known.
 //!
-//! Pure functions over matrices. [`rtn`] rounds, [`gptq`] solves against a second moment of the inputs; one search of scales
-//! and zero points serves both.
+//! Pure functions over matrices. [`rtn`] rounds, [`hqq`] fits zero points, [`gptq`] solves against a second moment of the inputs
+//! and [`descent`] improves what it left; one search of scales and zero points serves the first and the third.
 
 mod codes;
 mod columns;
+pub mod descent;
 pub mod factor;
 pub mod gptq;
 mod grid;
+pub mod hqq;
 pub mod rtn;
 #[cfg(test)]
 mod testing;
@@ -118,6 +120,8 @@ impl Width {
 pub enum Quantizer {
     /// Rounding to nearest: needs no calibration.
     Rtn(rtn::Params),
+    /// HQQ: fitted zero points, without calibration.
+    Hqq(hqq::Params),
     /// GPTQ: each column's error is made up for by the columns after it.
     Gptq(gptq::Params),
 }
@@ -127,6 +131,14 @@ impl Quantizer {
     pub fn needs_calibration(&self) -> bool {
         matches!(self, Self::Gptq(_))
     }
+}
+
+/// What improves a solver's codes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Refine {
+    /// Coordinate descent over the codes and refits of the scales, in turn, against the second moment that the solver used.
+    Descent(descent::Params),
 }
 
 /// `tr(ΔW · H · ΔWᵀ)`: what a change of the weights costs in squared output error, summed over the calibration tokens.

@@ -1,5 +1,6 @@
 //! Weights and second moments that the tests of several quantizers share.
 
+use kernels::QuantizedMatrix;
 use ndarray::Array2;
 
 /// What a second moment is like.
@@ -52,4 +53,12 @@ pub(super) fn moment(kind: Moment, inputs: usize, seed: u64) -> Array2<f32> {
         }
     }
     x.t().dot(&x)
+}
+
+/// `tr(ΔW (H + λ) ΔWᵀ)` in f64, from the definition.
+pub(super) fn loss_of(w: &Array2<f32>, matrix: &QuantizedMatrix, h: &Array2<f32>, lambda: f64) -> f64 {
+    let off = (w - &matrix.dequantize()).mapv(f64::from);
+    let mut h = h.mapv(f64::from);
+    h.diag_mut().mapv_inplace(|d| d + lambda);
+    (&off.dot(&h) * &off).sum()
 }

@@ -8,7 +8,7 @@ use kernels::Group;
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
 use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
 use crate::plan::{Shape, Tensor, matrices};
-use crate::quantize::Grid;
+use crate::quantize::{Grid, Quantizer};
 
 /// What is wrong with a recipe whatever the model.
 pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
@@ -34,11 +34,28 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
     if recipe.export.compressed_tensors.is_none() && recipe.export.dense.is_none() {
         add("export", "no format is asked for".into(), "add [export.compressed_tensors] or [export.dense]");
     }
+    found.extend(check_methods(recipe, source));
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
     if let Some(allocate) = recipe.allocate.as_ref().filter(|a| a.is_mixed() && a.budgets().len() == 1) {
         found.extend(check_budget(recipe, allocate, source));
     }
     found.extend(check_texts(recipe, source));
+    found
+}
+
+/// What a quantizer cannot do, whatever the model.
+fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
+    let mut found = Vec::new();
+    if recipe.refine.is_some() && !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
+        let message = "there is nothing to refine against: the quantizer sees no tokens".to_owned();
+        found.push(source.problem("refine", message, Some("name [quantize.gptq], or leave refine out".into())));
+    }
+    if let (Some(Quantizer::Hqq(_)), Some(allocate)) = (&recipe.quantize, &recipe.allocate)
+        && allocate.options().iter().any(|choice| !matches!(choice.grid, Grid::Asym | Grid::Offset))
+    {
+        let help = "use allocate.grid = \"asym\", or \"offset\" with [export.dense] alone";
+        found.push(source.problem("allocate", "hqq fits zero points, and this grid stores none".into(), Some(help.into())));
+    }
     found
 }
 
@@ -74,7 +91,11 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
     }
     let packed = if recipe.export.compressed_tensors.is_some() { Packed::Yes } else { Packed::No };
     if allocate.file.is_some() && packed == Packed::No {
-        add(".file", "the files of the dense export are of one size whatever the widths".into(), "add [export.compressed_tensors], or ask for bits_per_weight");
+        add(
+            ".file",
+            "the files of the dense export are of one size whatever the widths".into(),
+            "add [export.compressed_tensors], or ask for bits_per_weight",
+        );
     }
     match (allocate.runtime, packed) {
         (None, Packed::Yes) => {
@@ -303,7 +324,10 @@ mod tests {
         assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("no exporter yet"));
         assert!(said("bits_per_weight = 3\nruntime = \"gguf\"", "[export.dense]").contains("no exporter yet"));
         assert!(said("file = \"1MB\"", "[export.dense]").contains("of one size whatever the widths"));
-        assert!(said("bits_per_weight = 3\nruntime = \"vllm\"\nchoices = [1, 2, 2]", "[export.compressed_tensors]").contains("1 bits half, group 128: compressed-tensors does not hold it"));
+        assert!(
+            said("bits_per_weight = 3\nruntime = \"vllm\"\nchoices = [1, 2, 2]", "[export.compressed_tensors]")
+                .contains("1 bits half, group 128: compressed-tensors does not hold it")
+        );
         assert!(said("bits_per_weight = 3\nchoices = [{ bits = 1, grid = \"sym\" }]", "[export.dense]").contains("there is no such grid"));
     }
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::allocate::Allocate;
 use crate::export::Exports;
-use crate::quantize::Quantizer;
+use crate::quantize::{Quantizer, Refine};
 
 pub use check::{check, check_values};
 pub use invalid::{Invalid, Problem};
@@ -47,6 +47,9 @@ pub struct Recipe {
     /// The quantizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantizer>,
+    /// What improves the quantizer's codes afterwards; needs a quantizer that solves against calibration tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refine: Option<Refine>,
     /// How many bits each matrix gets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,

@@ -16,6 +16,6 @@ mod tests {
     fn the_committed_schema_is_the_generated_one() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/recipe.schema.json");
         let committed = fs_err::read_to_string(path).unwrap();
-        assert_eq!(committed, super::schema().unwrap(), "run `moepress schema > configs/recipe.schema.json`");
+        assert!(committed == super::schema().unwrap(), "it has drifted: run `moepress schema > configs/recipe.schema.json`");
     }
 }

@@ -84,15 +84,26 @@ impl Folder {
             folder.discard(if measured.is_some() { Stage::Plan } else { Stage::Calibrate })?;
         }
         match Identity::read(&path)? {
-            Some(old) => {
+            // A run that was refused before it did anything (a text that is too short) holds nobody to its recipe.
+            Some(old) if !folder.is_untouched()? => {
                 let differences = old.differences(identity);
                 if !differences.is_empty() {
                     return Err(Error::Differs { out: out.to_owned(), differences });
                 }
             }
-            None => write_whole(&path, identity.text()?.as_bytes())?,
+            _ => write_whole(&path, identity.text()?.as_bytes())?,
         }
         Ok(folder)
+    }
+
+    /// Whether no stage has left anything.
+    fn is_untouched(&self) -> Result<bool> {
+        for entry in fs_err::read_dir(&self.dir)? {
+            if !["lock", "identity.json", "recipe.toml"].iter().any(|ours| entry.as_ref().is_ok_and(|entry| entry.file_name() == *ours)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// `OUT/moepress`.
@@ -211,6 +222,17 @@ mod tests {
         drop(folder);
         let said = Folder::open(&out, &identity(3), Earlier::Resume).unwrap_err().to_string();
         assert!(said.contains("allocate.bits was 4, now it is 3") && said.contains("--force"), "{said}");
+    }
+
+    #[test]
+    fn a_directory_without_any_work_takes_another_recipe() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Folder::open(dir.path(), &identity(4), Earlier::Resume).unwrap());
+        let folder = Folder::open(dir.path(), &identity(3), Earlier::Resume).unwrap();
+        fs_err::create_dir(folder.path("stats")).unwrap();
+        drop(folder);
+        assert!(matches!(Folder::open(dir.path(), &identity(4), Earlier::Resume), Err(Error::Differs { .. })));
+        Folder::open(dir.path(), &identity(3), Earlier::Resume).unwrap();
     }
 
     #[test]

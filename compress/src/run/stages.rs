@@ -6,9 +6,9 @@ use std::path::Path;
 use calib::corpus::{Corpus, Tokenizer};
 use calib::device::Device;
 use calib::evaluate::{Evaluate, Models, Windows, evaluate};
-use calib::pass::{self, Pass};
-use calib::progress::Progress;
-use calib::sample::{self, Samples};
+use calib::pass::{self, Draw, Pass};
+use calib::progress::{Progress, Quiet};
+use calib::sample::{Sampler, Samples};
 use calib::stats::Store;
 use calib::{Model, Weights};
 
@@ -17,9 +17,9 @@ use crate::allocate::Allocate;
 use crate::allocate::sensitivity::Table;
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Measured, Plan, Shape};
+use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
 use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
-use crate::quantize::Quantizer;
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result, apply};
@@ -65,11 +65,15 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Reads every text that the stages will need, so that a text that is too short is found now.
+    /// Reads every text that the stages will need, so that a text that is too short is found now. A sampler that runs the model
+    /// chooses in its stage.
     pub fn look_ahead(&self, todo: &[Stage]) -> Result<()> {
-        let sampled = [Stage::Calibrate, Stage::Plan, Stage::Apply].iter().any(|stage| todo.contains(stage));
-        if sampled && !self.model.checkpoint().is_shape_only() {
-            self.samples()?;
+        let sampled = [Stage::Calibrate, Stage::Apply].iter().any(|stage| todo.contains(stage));
+        if let Some(asked) = self.recipe.calibrate.as_ref().filter(|_| sampled && !self.model.checkpoint().is_shape_only()) {
+            match asked.sampler {
+                Sampler::Balanced(_) => drop(Corpus::read(&asked.corpus, &self.tokenizer()?)?),
+                Sampler::Sequential(_) | Sampler::Random(_) => drop(self.samples(&Quiet)?),
+            }
         }
         if let Some(asked) = self.recipe.evaluate.as_ref().filter(|_| todo.contains(&Stage::Evaluate)) {
             self.windows(asked)?;
@@ -106,12 +110,14 @@ impl<'a> Work<'a> {
     }
 
     /// The calibration samples, drawn once; `None` where the recipe asks for none.
-    fn samples(&self) -> Result<Option<&Samples>> {
+    fn samples(&self, progress: &dyn Progress) -> Result<Option<&Samples>> {
         let Some(asked) = &self.recipe.calibrate else { return Ok(None) };
         if self.samples.get().is_none() {
             let corpus = Corpus::read(&asked.corpus, &self.tokenizer()?)?;
+            let (dir, fingerprint) = (self.folder.path("stats"), self.shape.fingerprint.as_str());
+            let draw = Draw { weights: self.model, fingerprint, calibrate: asked, corpus: &corpus, dir: &dir, progress };
             // Nobody else can have filled it: the cell is this thread's own.
-            let _ = self.samples.set(sample::draw(asked, &corpus)?);
+            let _ = self.samples.set(pass::draw(&draw, self.device)?);
         }
         Ok(self.samples.get())
     }
@@ -126,7 +132,7 @@ impl<'a> Work<'a> {
     }
 
     fn calibrate(&self, progress: &dyn Progress) -> Result<()> {
-        let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples()?) else { return Ok(()) };
+        let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples(progress)?) else { return Ok(()) };
         let (store, fingerprint) = (self.store(), self.shape.fingerprint.as_str());
         let (mixed, tokens) = (self.mixed(), samples.total_tokens() as u64);
         let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, self.shape)).unwrap_or_default();
@@ -155,9 +161,8 @@ impl<'a> Work<'a> {
     }
 
     fn plan(&self) -> Result<()> {
-        let samples = if self.model.checkpoint().is_shape_only() { None } else { self.samples()? };
-        let layers = self.model.spec().layers.len();
-        let measured = samples.map(|samples| Measured::read(&self.store(), samples.hash(), layers, self.table()?)).transpose()?;
+        let asked = self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only();
+        let measured = if asked { Some(Measured::read(&self.store(), self.table()?)?) } else { None };
         let plan = plan::make(self.recipe, self.shape, measured.as_ref())?;
         let text = serde_json::to_string_pretty(&plan).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("plan.json"), text.as_bytes())
@@ -169,14 +174,16 @@ impl<'a> Work<'a> {
 
     fn apply(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
-        let samples = self.samples()?.map(|samples| samples.ids.as_slice());
+        let samples = self.samples(progress)?.map(|samples| samples.ids.as_slice());
         apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
         Ok(())
     }
 
     fn export(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
-        apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)?;
+        for written in apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)? {
+            written.notes.iter().for_each(|note| tracing::warn!("{}: {note}", written.format));
+        }
         self.write_report(None)
     }
 

@@ -4,6 +4,8 @@
 //! compressed-tensors' own order of precedence. Other formats, activation orders stored as `weight_g_idx`, and the padded packing of
 //! compressed-tensors 0.17 at 3, 5, 6 and 7 bits are refused by name.
 
+mod schemes;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -14,11 +16,10 @@ use calib::{Model, Weights};
 use kernels::dequant::Product;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use ndarray::{Array1, Array2};
-use regex::Regex;
-use serde::Deserialize;
 use serde_json::Value;
 
 use crate::{Error, Result};
+use schemes::Schemes;
 
 /// How the weights of routed experts are rounded when they are dequantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -279,106 +280,155 @@ fn weight_shape(checkpoint: &Checkpoint, module: &str) -> Result<[usize; 2]> {
         .ok_or_else(|| wrong(checkpoint, format!("{module}.weight_shape is {numbers:?}, not two sizes")))
 }
 
-/// `config_groups` and `ignore`, ready to be matched.
-struct Schemes {
-    /// Exact names, expressions, classes: in this order they win.
-    exact: Vec<(String, usize)>,
-    expressions: Vec<(Regex, usize)>,
-    class: Option<usize>,
-    weights: Vec<WeightArguments>,
-}
+#[cfg(test)]
+mod tests {
+    use calib::checkpoint::{Declared, Writer};
+    use serde_json::json;
 
-#[derive(Clone, Debug, Deserialize)]
-struct WeightArguments {
-    num_bits: u8,
-    #[serde(rename = "type", default = "int")]
-    kind: String,
-    #[serde(default = "yes")]
-    symmetric: bool,
-    strategy: Option<String>,
-    group_size: Option<i64>,
-    actorder: Option<String>,
-}
+    use super::*;
 
-fn int() -> String {
-    "int".to_owned()
-}
+    /// Tensors with their bytes, before they are written.
+    type Tensors = Vec<(Declared, Vec<u8>)>;
 
-fn yes() -> bool {
-    true
-}
-
-#[derive(Deserialize)]
-struct Section {
-    #[serde(default)]
-    format: Option<String>,
-    config_groups: BTreeMap<String, ConfigGroup>,
-}
-
-#[derive(Deserialize)]
-struct ConfigGroup {
-    targets: Vec<String>,
-    weights: Option<WeightArguments>,
-    #[serde(default)]
-    format: Option<String>,
-    #[serde(default)]
-    input_activations: Option<Value>,
-}
-
-impl WeightArguments {
-    fn group(&self, module: &str, checkpoint: &Checkpoint) -> Result<Group> {
-        let size = self.group_size.filter(|&size| size > 0).and_then(|size| usize::try_from(size).ok());
-        match (self.strategy.as_deref(), size) {
-            (Some("group") | None, Some(size)) => Ok(Group::Size(size)),
-            (Some("channel") | None, _) => Ok(Group::PerChannel),
-            (strategy, _) => Err(wrong(checkpoint, format!("{module}: the strategy {strategy:?} with group size {size:?} is not read"))),
+    /// A qwen3_moe checkpoint of one layer and two experts, 32 wide; every matrix of the layer is packed at `bits` in groups of 16 but for
+    /// `change`, which may edit the config and the tensors.
+    fn checkpoint(dir: &Path, bits: u8, change: impl Fn(&mut Value, &mut Tensors)) {
+        let mut config = json!({
+            "model_type": "qwen3_moe", "hidden_size": 32, "moe_intermediate_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 8,
+            "rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu", "max_position_embeddings": 64, "tie_word_embeddings": true,
+            "norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": false, "attention_bias": false,
+            "quantization_config": {
+                "quant_method": "compressed-tensors", "format": "pack-quantized",
+                "config_groups": { "group_0": {
+                    "targets": ["Linear"],
+                    "weights": { "num_bits": bits, "type": "int", "symmetric": true, "strategy": "group", "group_size": 16 },
+                } },
+                "ignore": ["lm_head", "re:.*mlp.gate$"],
+            },
+        });
+        let mut tensors = Vec::new();
+        let plain = [
+            ("model.embed_tokens.weight", vec![8, 32]),
+            ("model.norm.weight", vec![32]),
+            ("model.layers.0.input_layernorm.weight", vec![32]),
+            ("model.layers.0.post_attention_layernorm.weight", vec![32]),
+            ("model.layers.0.self_attn.q_norm.weight", vec![16]),
+            ("model.layers.0.self_attn.k_norm.weight", vec![16]),
+            ("model.layers.0.mlp.gate.weight", vec![2, 32]),
+        ];
+        for (name, shape) in plain {
+            tensors.push(floats(name, &shape, 1.0));
         }
-    }
-}
-
-impl Schemes {
-    fn read(checkpoint: &Checkpoint) -> Result<Self> {
-        let refuse = |what: String| wrong(checkpoint, what);
-        let section = section(checkpoint.config()).cloned().unwrap_or_default();
-        let section: Section = serde_json::from_value(section).map_err(|error| refuse(format!("quantization_config: {error}")))?;
-        let mut found = Self { exact: Vec::new(), expressions: Vec::new(), class: None, weights: Vec::new() };
-        for (name, group) in section.config_groups {
-            let format = group.format.or_else(|| section.format.clone()).unwrap_or_else(|| "pack-quantized".to_owned());
-            let Some(weights) = group.weights else { return Err(refuse(format!("{name} quantizes no weights"))) };
-            if format != "pack-quantized" || weights.kind != "int" || !(1..=8).contains(&weights.num_bits) {
-                let what = format!(
-                    "{name} is {format} of {} {} bits; only pack-quantized of 1 to 8 int bits is read",
-                    weights.kind, weights.num_bits
-                );
-                return Err(refuse(what));
-            }
-            if group.input_activations.is_some_and(|a| !a.is_null()) {
-                return Err(refuse(format!("{name} quantizes activations, which is not read")));
-            }
-            if let Some(order) = weights.actorder.as_deref().filter(|order| !["weight", "static"].contains(order)) {
-                return Err(refuse(format!("{name}: the activation order {order:?} is not read")));
-            }
-            for target in group.targets {
-                let index = found.weights.len();
-                match target.strip_prefix("re:") {
-                    // Python's `re.match` is anchored at the start only.
-                    Some(expression) => {
-                        let compiled = Regex::new(&format!("^(?:{expression})"));
-                        let compiled = compiled.map_err(|error| refuse(format!("{name}: the target {target} is not read: {error}")))?;
-                        found.expressions.push((compiled, index));
-                    }
-                    None if target == "Linear" => found.class = found.class.or(Some(index)),
-                    None => found.exact.push((target, index)),
-                }
-            }
-            found.weights.push(weights);
+        let attention = ["q", "k", "v", "o"].map(|p| format!("model.layers.0.self_attn.{p}_proj"));
+        let experts = (0..2).flat_map(|e| ["gate", "up", "down"].map(|p| format!("model.layers.0.mlp.experts.{e}.{p}_proj")));
+        for module in attention.into_iter().chain(experts) {
+            tensors.extend(packed(&module, bits));
         }
-        Ok(found)
+        change(&mut config, &mut tensors);
+        let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+        let declared = tensors.iter().map(|(declared, _)| declared.clone()).collect();
+        let mut writer = Writer::create(dir, declared, u64::MAX, metadata).unwrap();
+        tensors.iter().for_each(|(declared, bytes)| writer.put(&declared.name, bytes).unwrap());
+        writer.finish().unwrap();
+        fs_err::write(dir.join("config.json"), config.to_string()).unwrap();
     }
 
-    fn of(&self, module: &str) -> Option<&WeightArguments> {
-        let exact = self.exact.iter().find(|(name, _)| name == module).map(|(_, index)| *index);
-        let expression = || self.expressions.iter().find(|(regex, _)| regex.is_match(module)).map(|(_, index)| *index);
-        exact.or_else(expression).or(self.class).map(|index| &self.weights[index])
+    fn floats(name: &str, shape: &[usize], value: f32) -> (Declared, Vec<u8>) {
+        let bytes = (0..shape.iter().product::<usize>()).flat_map(|_| half::bf16::from_f32(value).to_le_bytes()).collect();
+        (Declared { name: name.to_owned(), dtype: Dtype::Bf16, shape: shape.to_vec() }, bytes)
+    }
+
+    /// A matrix of `[32, 32]` whose code at `(row, column)` is `row + column`, cut to its bits; all scales are ½.
+    fn packed(module: &str, bits: u8) -> Tensors {
+        let codes: Vec<u8> = (0..32 * 32_usize).map(|i| ((i / 32 + i % 32) as u8) & (u8::MAX >> (8 - bits))).collect();
+        let words = pack::pack_rows(&codes, [32, 32], bits).unwrap();
+        let part = |what: &str, dtype, shape: &[usize]| Declared { name: format!("{module}.weight_{what}"), dtype, shape: shape.to_vec() };
+        vec![
+            (part("packed", Dtype::I32, &[32, usize::from(bits)]), words.iter().flat_map(|w| w.to_le_bytes()).collect()),
+            floats(&format!("{module}.weight_scale"), &[32, 2], 0.5),
+            (part("shape", Dtype::I64, &[2]), [32_i64; 2].iter().flat_map(|n| n.to_le_bytes()).collect()),
+        ]
+    }
+
+    fn read(bits: u8, change: impl Fn(&mut Value, &mut Tensors)) -> Result<Packed> {
+        let dir = tempfile::tempdir().unwrap();
+        checkpoint(dir.path(), bits, change);
+        Packed::new(Checkpoint::open(dir.path()).unwrap(), ExpertRounding::None)
+    }
+
+    #[test]
+    fn a_class_target_means_everything_packed() {
+        let packed = read(3, |_, _| {}).unwrap();
+        let q = packed.matrix(Role::Layer(0, Part::Query)).unwrap();
+        // Row 2, column 7: (9 mod 8 − 4) · ½.
+        assert_eq!(q[(2, 7)], -1.5);
+        assert_eq!(q[(0, 31)], (31 % 8 - 4) as f32 * 0.5);
+        let attention = &packed.widths()[&Kind::Attention];
+        // 32 rows of 3 words and 2 scales, four times.
+        assert_eq!((attention.weights, attention.bytes), (4 * 1024, 4 * 32 * (3 * 4 + 2 * 2)));
+        assert_eq!(packed.vector(Role::FinalNorm).unwrap()[0], 1.0);
+        assert_eq!(packed.matrix(Role::Layer(0, Part::Router)).unwrap().dim(), (2, 32));
+    }
+
+    #[test]
+    fn a_name_wins_over_an_expression_and_that_over_a_class() {
+        let groups = json!({
+            "a": { "targets": ["Linear"], "weights": { "num_bits": 2, "strategy": "group", "group_size": 16 } },
+            "b": { "targets": ["re:.*proj"], "weights": { "num_bits": 2, "strategy": "group", "group_size": 16 } },
+            "c": { "targets": ["model.layers.0.self_attn.q_proj"], "weights": { "num_bits": 5, "strategy": "group", "group_size": 16 } },
+        });
+        let packed = read(2, |config, tensors| {
+            config["quantization_config"]["config_groups"] = groups.clone();
+            tensors.retain(|(declared, _)| !declared.name.contains("q_proj"));
+            tensors.extend(super::tests::packed("model.layers.0.self_attn.q_proj", 5));
+        });
+        let packed = packed.unwrap();
+        let bits: BTreeSet<u8> = packed.matrices().map(|(_, stored)| stored.bits).collect();
+        assert_eq!(bits, BTreeSet::from([2, 5]));
+    }
+
+    #[test]
+    fn what_is_not_read_is_refused_by_name() {
+        let refused = |bits, words: &str, change: &dyn Fn(&mut Value, &mut Tensors)| {
+            let said = read(bits, change).err().unwrap().to_string();
+            assert!(said.contains(words), "{said}");
+        };
+        let reshape = |suffix: &'static str, shape: [usize; 2], bytes: usize| {
+            move |_: &mut Value, tensors: &mut Tensors| {
+                let (declared, data) = tensors.iter_mut().find(|(d, _)| d.name.ends_with(suffix)).unwrap();
+                (declared.shape, *data) = (shape.to_vec(), vec![0; bytes]);
+            }
+        };
+        // Ten codes of 3 bits a word: 4 words for 32 codes instead of 3.
+        refused(
+            3,
+            "q_proj holds 3 bits in 4 words a row, as compressed-tensors 0.17 padded them",
+            &reshape("q_proj.weight_packed", [32, 4], 512),
+        );
+        refused(4, "32 rows of 32 codes of 4 bits take 4 words each", &reshape("q_proj.weight_packed", [32, 5], 640));
+        refused(4, "no groups of 16", &reshape("v_proj.weight_scale", [32, 4], 256));
+        let config = |key: &'static str, value: Value| {
+            move |config: &mut Value, _: &mut Tensors| {
+                config["quantization_config"]["config_groups"]["group_0"][key] = value.clone();
+            }
+        };
+        refused(4, "group_0 is int-quantized", &config("format", json!("int-quantized")));
+        refused(4, "quantizes activations", &config("input_activations", json!({ "num_bits": 8 })));
+        refused(4, "no config group matches it", &config("targets", json!(["re:.*nothing"])));
+        refused(4, "the target re:( is not read", &config("targets", json!(["re:("])));
+        let weights = |key: &str, value: Value| {
+            let mut weights = json!({ "num_bits": 4, "symmetric": true, "strategy": "group", "group_size": 16 });
+            weights[key] = value;
+            config("weights", weights)
+        };
+        refused(4, "\"group\" is not read", &weights("actorder", json!("group")));
+        refused(4, "the strategy Some(\"block\")", &weights("strategy", json!("block")));
+        refused(4, "weight_zero_point is missing", &weights("symmetric", json!(false)));
+        refused(4, "q_proj.weight_scale is missing", &|_, tensors| tensors.retain(|(d, _)| !d.name.ends_with("q_proj.weight_scale")));
+        refused(4, "weight_g_idx: stored activation orders", &|_, tensors| {
+            let declared = Declared { name: "model.layers.0.self_attn.q_proj.weight_g_idx".into(), dtype: Dtype::I32, shape: vec![32] };
+            tensors.push((declared, vec![0; 128]));
+        });
     }
 }
