@@ -2,6 +2,9 @@
 //!
 //! One row a runtime. A tie joins matrices into a class with one choice, summed bytes and summed loss, so the program stays the
 //! same; what the ties cost against free widths is the granularity gap.
+//!
+//! Both generations of transformers are symmetric here: compressed-tensors 0.19 makes room for unpacked zero points when it prepares a
+//! model for loading, so that 4.57.3 stops with a size mismatch and 5.17 computes something else without a word.
 
 use std::collections::BTreeMap;
 
@@ -57,7 +60,7 @@ pub enum Runtime {
     Gguf,
     /// MLX: as llama.cpp.
     Mlx,
-    /// transformers up to 4.57, where experts are modules: a width for every matrix.
+    /// transformers up to 4.57, where experts are modules: a symmetric width for every matrix.
     Transformers4,
     /// transformers from 5.0 on: one symmetric width for all experts of the model.
     Transformers5,
@@ -85,7 +88,6 @@ struct Rules {
     fused_attention: bool,
     bits: &'static [u8],
     grids: &'static [Grid],
-    expert_grids: &'static [Grid],
     /// Sizes of a group; empty: any.
     groups: &'static [usize],
     exporter: Exporter,
@@ -108,12 +110,12 @@ const FROM_2: &[u8] = &[2, 3, 4, 5, 6, 7, 8];
 
 #[rustfmt::skip]
 const TABLE: [Rules; 6] = [
-    Rules { runtime: Runtime::Native, name: "native", experts: Tie::GateUp, gate_up: true, fused_attention: false, bits: &[1, 2, 3, 4, 5, 6, 8], grids: ALL, expert_grids: ALL, groups: &[], exporter: Exporter::Planned },
-    Rules { runtime: Runtime::Vllm, name: "vllm", experts: Tie::Layer, gate_up: true, fused_attention: true, bits: &[2, 4, 8], grids: INTEGER, expert_grids: INTEGER, groups: &[32, 64, 128], exporter: Exporter::CompressedTensors },
-    Rules { runtime: Runtime::Gguf, name: "gguf", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, expert_grids: ALL, groups: &[], exporter: Exporter::Missing },
-    Rules { runtime: Runtime::Mlx, name: "mlx", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, expert_grids: ALL, groups: &[32, 64, 128], exporter: Exporter::Missing },
-    Rules { runtime: Runtime::Transformers4, name: "transformers4", experts: Tie::Free, gate_up: false, fused_attention: false, bits: FROM_2, grids: INTEGER, expert_grids: INTEGER, groups: &[], exporter: Exporter::CompressedTensors },
-    Rules { runtime: Runtime::Transformers5, name: "transformers5", experts: Tie::Model, gate_up: false, fused_attention: false, bits: FROM_2, grids: INTEGER, expert_grids: SYM, groups: &[], exporter: Exporter::CompressedTensors },
+    Rules { runtime: Runtime::Native, name: "native", experts: Tie::GateUp, gate_up: true, fused_attention: false, bits: &[1, 2, 3, 4, 5, 6, 8], grids: ALL, groups: &[], exporter: Exporter::Planned },
+    Rules { runtime: Runtime::Vllm, name: "vllm", experts: Tie::Layer, gate_up: true, fused_attention: true, bits: &[2, 4, 8], grids: INTEGER, groups: &[32, 64, 128], exporter: Exporter::CompressedTensors },
+    Rules { runtime: Runtime::Gguf, name: "gguf", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, groups: &[], exporter: Exporter::Missing },
+    Rules { runtime: Runtime::Mlx, name: "mlx", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, groups: &[32, 64, 128], exporter: Exporter::Missing },
+    Rules { runtime: Runtime::Transformers4, name: "transformers4", experts: Tie::Free, gate_up: false, fused_attention: false, bits: FROM_2, grids: SYM, groups: &[], exporter: Exporter::CompressedTensors },
+    Rules { runtime: Runtime::Transformers5, name: "transformers5", experts: Tie::Model, gate_up: false, fused_attention: false, bits: FROM_2, grids: SYM, groups: &[], exporter: Exporter::CompressedTensors },
 ];
 
 impl Runtime {
@@ -147,12 +149,11 @@ impl Runtime {
     /// Why a choice is none for a matrix of this kind there, if it is none.
     fn objection(self, kind: Kind, choice: &Choice) -> Option<String> {
         let rules = self.rules();
-        let grids = if kind == Kind::Expert { rules.expert_grids } else { rules.grids };
         let group_fits = match choice.group {
             Group::Size(size) => rules.groups.is_empty() || rules.groups.contains(&size),
             Group::PerChannel => rules.groups.is_empty(),
         };
-        let ok = rules.bits.contains(&choice.bits) && grids.contains(&choice.grid) && group_fits;
+        let ok = rules.bits.contains(&choice.bits) && rules.grids.contains(&choice.grid) && group_fits;
         (!ok).then(|| {
             format!("runtime {} does not load {choice} {}", rules.name, if kind == Kind::Expert { "for experts" } else { "" })
                 .trim_end()
@@ -306,7 +307,8 @@ mod tests {
         let said = rules(Some(Runtime::Vllm)).objection(expert, &choice(3, Grid::Sym)).unwrap();
         assert_eq!(said, "runtime vllm does not load 3 bits sym, group 128 for experts");
         assert!(rules(Some(Runtime::Transformers5)).objection(expert, &choice(3, Grid::Asym)).is_some());
-        assert_eq!(rules(Some(Runtime::Transformers5)).objection(&matrices[0], &choice(3, Grid::Asym)), None);
+        assert!(rules(Some(Runtime::Transformers4)).objection(expert, &choice(3, Grid::Asym)).is_some());
+        assert_eq!(rules(Some(Runtime::Transformers5)).objection(&matrices[0], &choice(3, Grid::Sym)), None);
         assert_eq!(rules(None).objection(expert, &choice(1, Grid::Half)), None);
         let group = Choice { bits: 4, group: Group::Size(96), grid: Grid::Sym };
         assert!(rules(None).objection(expert, &group).unwrap().contains("do not divide 128 inputs"));
