@@ -191,7 +191,12 @@ mod tests {
         assert!(one.measures_like(&of("bits_per_weight = 2.5")));
         assert!(one.measures_like(&of("bytes = \"1GB\"\nruntime = \"native\"\nmin_bits.attention = 4")));
         assert!(!one.measures_like(&one));
-        for other in ["bits = 3", "bits_per_weight = 3.0\nchoices = [2, 3]", "bits_per_weight = 3.0\ngroup = 64", "bits_per_weight = 3.0\ncost = \"hessian\""] {
+        for other in [
+            "bits = 3",
+            "bits_per_weight = 3.0\nchoices = [2, 3]",
+            "bits_per_weight = 3.0\ngroup = 64",
+            "bits_per_weight = 3.0\ncost = \"hessian\"",
+        ] {
             assert!(!one.measures_like(&of(other)), "{other}");
         }
     }
