@@ -14,6 +14,7 @@
 //! after the other, with 12 bytes a weight. One Qwen3-30B-A3B-shaped layer (128 experts of 2048 × 768, 8192 tokens, 2 threads) peaks at
 //! 621 MiB of anonymous memory; its experts alone are 1.2 GB in bf16.
 
+mod learned;
 mod output;
 #[cfg(test)]
 mod tests;
@@ -37,7 +38,7 @@ pub(crate) use tokens::boxed;
 
 use crate::plan::{Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
-use crate::quantize::{Quantizer, hqq};
+use crate::quantize::{Quantizer, Refine, hqq};
 use crate::solved::{By, LayerFile, Report, Solved};
 use crate::{Error, Result};
 use work::Job;
@@ -120,6 +121,13 @@ impl DeviceJob for Run<'_> {
 }
 
 impl Run<'_> {
+    fn learned(&self) -> Option<&crate::quantize::learned::Params> {
+        match &self.plan.refine {
+            Some(Refine::Learned(params)) => Some(params),
+            Some(Refine::Descent(_)) | None => None,
+        }
+    }
+
     fn layer<B: Backend>(&self, layer: usize, hidden: &mut [Tensor<B, 3>]) -> Result<()> {
         let (options, jobs) = (Options::of::<B>(), &self.layers[layer]);
         // Killed after a layer's file was finished and before its hidden states were: they are made again.
@@ -133,7 +141,11 @@ impl Run<'_> {
             Some(solver) => solver,
             None => &NoTap,
         };
+        let inputs = self.learned().map(|_| hidden.to_vec());
         decoder_layer(self.model, layer, hidden, tap, options)?;
+        if let (Some(solver), Some(params), Some(inputs)) = (solver, self.learned(), inputs) {
+            solver.learn(&learned::Layer { model: self.model, layer, inputs: &inputs, targets: hidden }, params)?;
+        }
         file.finish()
     }
 }
@@ -154,7 +166,7 @@ fn round(model: &Model, plan: &Plan, jobs: &[Job<'_>], file: &LayerFile) -> Resu
                 (Some(Quantizer::Hqq(_)), Who::Planned) => (hqq::hqq(w.view(), &width)?, By::Hqq),
                 _ => (rtn(w.view(), &width, &params)?, By::Rtn),
             };
-            file.put(job.name, &matrix, &Report { by, solved: None })
+            file.put(job.name, &matrix, &Report { by, solved: None, learned: None })
         })?;
     }
     Ok(())

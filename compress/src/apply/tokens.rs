@@ -8,17 +8,18 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Tensor, backend::Backend};
-use calib::arch::Site;
+use calib::arch::{Part, Role, Site};
 use calib::forward::{Routed, Tap, values};
 use calib::stats::Moment;
 use calib::{Model, Weights};
-use kernels::Group;
+use kernels::{Group, QuantizedMatrix};
 use ndarray::ArrayView2;
 
+use super::learned::Layer;
 use super::work::Job;
 use crate::plan::Plan;
 use crate::quantize::factor::factorize;
-use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
+use crate::quantize::{Kept, Quantizer, Refine, descent, gptq, learned};
 use crate::solved::{Account, By, LayerFile, Report};
 use crate::{Error, Result};
 
@@ -30,6 +31,15 @@ pub struct Solver<'a> {
     file: &'a LayerFile,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
+    /// What is to be refined when the layer is whole.
+    waiting: Mutex<BTreeMap<Part, Waiting<'a>>>,
+}
+
+/// A solved matrix that learned refinement waits for.
+struct Waiting<'a> {
+    name: &'a str,
+    matrix: QuantizedMatrix,
+    account: Account,
 }
 
 impl<'a> Solver<'a> {
@@ -40,7 +50,15 @@ impl<'a> Solver<'a> {
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
             by_site.entry(job.site).or_default().push(job);
         }
-        Some(Self { model, params, refine: plan.refine.as_ref(), file, jobs: by_site, moments: Mutex::default() })
+        Some(Self {
+            model,
+            params,
+            refine: plan.refine.as_ref(),
+            file,
+            jobs: by_site,
+            moments: Mutex::default(),
+            waiting: Mutex::default(),
+        })
     }
 
     fn take(&self, site: Site) -> Option<Moment> {
@@ -70,12 +88,48 @@ impl<'a> Solver<'a> {
             let w = self.model.matrix(job.role)?;
             let mut solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
             let mut by = if solved.kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
-            if let Some(Refine::Descent(params)) = self.refine {
-                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), params)?;
+            if let Some(params) = self.descent() {
+                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), &params)?;
                 (solved.matrix, solved.loss, by) = (descended.matrix, descended.after, By::GptqDescent);
             }
             let account = Account { loss: solved.loss, damping: solved.damping, dead_channels: solved.dead_channels };
-            self.file.put(job.name, &solved.matrix, &Report { by, solved: Some(account) })?;
+            match (self.refine, job.role) {
+                (Some(Refine::Learned(_)), Role::Layer(_, part)) => {
+                    let waiting = Waiting { name: job.name, matrix: solved.matrix, account };
+                    self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(part, waiting);
+                }
+                _ => self.file.put(job.name, &solved.matrix, &Report { by, solved: Some(account), learned: None })?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The descent that follows the solver, if one does.
+    fn descent(&self) -> Option<descent::Params> {
+        match self.refine {
+            Some(Refine::Descent(params)) => Some(params.clone()),
+            Some(Refine::Learned(learned::Params { start: learned::Start::Descent, .. })) => Some(descent::Params::default()),
+            Some(Refine::Learned(_)) | None => None,
+        }
+    }
+
+    /// Refines what was solved, now that the layer is whole.
+    ///
+    /// # Errors
+    ///
+    /// As [`refine`](super::learned::refine).
+    pub fn learn<B: Backend>(self, layer: &Layer<'_, B>, params: &learned::Params) -> Result<()> {
+        let waiting = self.waiting.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut told = BTreeMap::new();
+        let mut start = BTreeMap::new();
+        for (part, Waiting { name, matrix, account }) in waiting {
+            told.insert(part, (name, account));
+            start.insert(part, matrix);
+        }
+        let (matrices, judged) = super::learned::refine(layer, start, params)?;
+        for (part, (name, account)) in told {
+            let report = Report { by: By::GptqLearned, solved: Some(account), learned: Some(judged) };
+            self.file.put(name, &matrices[&part], &report)?;
         }
         Ok(())
     }

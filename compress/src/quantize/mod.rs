@@ -10,6 +10,7 @@ pub mod factor;
 pub mod gptq;
 mod grid;
 pub mod hqq;
+pub mod learned;
 pub mod pmq;
 pub mod rtn;
 #[cfg(test)]
@@ -140,6 +141,8 @@ impl Quantizer {
 pub enum Refine {
     /// Coordinate descent over the codes and refits of the scales, in turn, against the second moment that the solver used.
     Descent(descent::Params),
+    /// Gradient steps on codes and scales against the output of the decoder layer; after a descent unless its `start` says not.
+    Learned(learned::Params),
 }
 
 /// `tr(ΔW · H · ΔWᵀ)`: what a change of the weights costs in squared output error, summed over the calibration tokens.
