@@ -13,6 +13,7 @@
 //! **Bits depend neither on threads nor on interruptions**: a layer starts from its own solved matrices and a seed of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Tensor, backend::Backend};
 use calib::Weights;
@@ -23,14 +24,17 @@ use kernels::QuantizedMatrix;
 use ndarray::{Array1, Array2};
 use rayon::prelude::*;
 
-use crate::quantize::learned::{Learner, Params};
-use crate::solved::Judged;
+use crate::quantize::learned::Learner;
+pub use crate::quantize::learned::Params;
+use crate::solved::{Account, By, Judged, LayerFile, Report};
 use crate::{Error, Result};
 
 /// One layer, and what it is refined on.
 pub struct Layer<'a, B: Backend> {
     /// The original model.
     pub model: &'a dyn Weights,
+    /// Whatever is not solved: the original model, with a router that was fitted.
+    pub rest: &'a dyn Weights,
     /// The layer's number.
     pub layer: usize,
     /// What enters it, batches `[samples, tokens, hidden]`.
@@ -39,7 +43,45 @@ pub struct Layer<'a, B: Backend> {
     pub targets: &'a [Tensor<B, 3>],
 }
 
-/// The original model with some matrices of one layer replaced.
+/// Solved matrices of one layer that wait until it is whole.
+#[derive(Default)]
+pub struct Waiting(Mutex<BTreeMap<Part, Solved>>);
+
+/// One of them.
+struct Solved {
+    name: String,
+    matrix: QuantizedMatrix,
+    account: Account,
+}
+
+impl Waiting {
+    /// One more.
+    pub fn put(&self, part: Part, name: &str, matrix: QuantizedMatrix, account: Account) {
+        let solved = Solved { name: name.to_owned(), matrix, account };
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(part, solved);
+    }
+
+    /// Refines them and writes them into the layer's file.
+    ///
+    /// # Errors
+    ///
+    /// As [`refine`]; an IO error.
+    pub fn finish<B: Backend>(self, at: &Layer<'_, B>, params: &Params, file: &LayerFile) -> Result<()> {
+        let mut told = Vec::new();
+        let mut start = BTreeMap::new();
+        for (part, Solved { name, matrix, account }) in self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            told.push((name, account));
+            start.insert(part, matrix);
+        }
+        let (matrices, judged) = refine(at, start, params)?;
+        for ((name, account), matrix) in told.into_iter().zip(matrices.values()) {
+            file.put(&name, matrix, &Report { by: By::GptqLearned, solved: Some(account), learned: Some(judged) })?;
+        }
+        Ok(())
+    }
+}
+
+/// A model with some matrices of one layer replaced.
 struct Replaced<'a> {
     model: &'a dyn Weights,
     layer: usize,
@@ -81,7 +123,10 @@ pub fn refine<B: Backend>(at: &Layer<'_, B>, start: BTreeMap<Part, QuantizedMatr
         Ok((part, Learner::new(w.view(), matrix, params.optimizer)?))
     };
     let mut learners: BTreeMap<Part, Learner> = start.into_iter().map(learner).collect::<Result<_>>()?;
-    let mut now = Replaced { model: at.model, layer: at.layer, matrices: dequantized(&learners) };
+    let mut now = Replaced { model: at.rest, layer: at.layer, matrices: dequantized(&learners) };
+    if learners.is_empty() {
+        return Ok((BTreeMap::new(), Judged { before: 0.0, after: 0.0, step: 0 }));
+    }
     let options = Options::of::<B>();
     let names: BTreeSet<Part> = learners.keys().copied().collect();
     let held_out = samples.held_out();

@@ -281,7 +281,7 @@ mod tests {
             let common = normals(200, 1, 5);
             let x = normals(200, 64, 4) * 0.3 + &common;
             let matrix = start(&w, bits, grid, 32);
-            let loss = |weights: &Array2<f32>| (&(weights - &w).dot(&x.t())).iter().map(|e| e * e).sum::<f32>();
+            let loss = |weights: &Array2<f32>| (weights - &w).dot(&x.t()).iter().map(|e| e * e).sum::<f32>();
             let before = loss(&matrix.dequantize());
             let mut learner = Learner::new(w.view(), matrix, optimizer).unwrap();
             for step in 0..100 {

@@ -145,6 +145,17 @@ pub enum Refine {
     Learned(learned::Params),
 }
 
+impl Refine {
+    /// The descent that follows the solver, if one does.
+    pub fn descent(&self) -> Option<descent::Params> {
+        match self {
+            Self::Descent(params) => Some(params.clone()),
+            Self::Learned(learned::Params { start: learned::Start::Descent, .. }) => Some(descent::Params::default()),
+            Self::Learned(learned::Params { start: learned::Start::Solver, .. }) => None,
+        }
+    }
+}
+
 /// `tr(ΔW · H · ΔWᵀ)`: what a change of the weights costs in squared output error, summed over the calibration tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Loss {
