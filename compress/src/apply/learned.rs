@@ -120,7 +120,7 @@ pub fn refine<B: Backend>(at: &Layer<'_, B>, start: BTreeMap<Part, QuantizedMatr
     let samples = Samples::of(at, params)?;
     let learner = |(part, matrix): (Part, QuantizedMatrix)| {
         let w = at.model.matrix(Role::Layer(at.layer, part))?;
-        Ok((part, Learner::new(w.view(), matrix, params.optimizer)?))
+        Ok((part, Learner::new(w.view(), matrix, params)?))
     };
     let mut learners: BTreeMap<Part, Learner> = start.into_iter().map(learner).collect::<Result<_>>()?;
     let mut now = Replaced { model: at.rest, layer: at.layer, matrices: dequantized(&learners) };

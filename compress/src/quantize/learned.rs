@@ -1,7 +1,9 @@
 //! Codes and scales learned by gradient steps, from a solver's codes (SignRound's idea: arXiv 2309.05516; AutoRound).
 //!
-//! What a weight is stored as, `ŵ = s·(round(v) − z)`, is a function of a position `v` and a scale `s`. A position begins where the
-//! weight itself lies, `w/s + z`, moved into the solver's code `u`, and stays within one code of it: `|v − u| ≤ 1`. A scale is
+//! What a weight is stored as, `ŵ = s·(round(v) − z)`, is a function of a position `v` and a scale `s`. A position begins within the
+//! solver's code `u`, on the side where the weight itself lies, `v = u + spread · clamp(w/s + z − u, −1, 1)`, and stays within one
+//! code of it: `|v − u| ≤ 1`. (At `w/s + z` itself, moved into the code, a third of the positions stand at its very edge, because
+//! GPTQ moved those weights; the first step then flips them all, and the loss more than doubles.) A scale is
 //! `s = s₀·e^a` as its type stores it, which is at once a clip factor: codes reach as far as it says. Zero points stay. The
 //! gradient `g = ∂ℓ/∂ŵ` passes the rounding straight through: `∂ℓ/∂v = g·s`, `∂ℓ/∂a = s·Σ_group g·(u − z)`.
 //!
@@ -15,9 +17,6 @@ use serde::{Deserialize, Serialize};
 
 use super::grid::floor;
 use crate::{Error, Result};
-
-/// How far inside its code a position begins, at most: a step or two away from the next.
-const EDGE: f32 = 0.49;
 
 /// Adam's shares of the past.
 const MOMENTUM: f32 = 0.9;
@@ -41,6 +40,9 @@ pub struct Params {
     /// The first step's size for the logarithms of scales.
     #[schemars(range(min = 0.0))]
     pub scale_rate: f32,
+    /// How far from the middle of its code a position begins at most, in codes.
+    #[schemars(range(min = 0.0, max = 0.49))]
+    pub spread: f32,
     /// How a step is made from a gradient.
     pub optimizer: Optimizer,
     /// Calibration samples that no step sees, by which the best step is chosen.
@@ -57,10 +59,11 @@ impl Default for Params {
     fn default() -> Self {
         Self {
             start: Start::default(),
-            steps: 200,
+            steps: 100,
             samples: 4,
-            rate: 0.01,
+            rate: 0.006,
             scale_rate: 0.002,
+            spread: 0.35,
             optimizer: Optimizer::default(),
             held_out: 8,
             judged: 10,
@@ -126,7 +129,8 @@ impl Learner {
     /// # Errors
     ///
     /// [`Error::MomentSize`] where their shapes differ; [`Error::Codes`] for a matrix that does not hold together.
-    pub fn new(w: ArrayView2<'_, f32>, start: QuantizedMatrix, optimizer: Optimizer) -> Result<Self> {
+    pub fn new(w: ArrayView2<'_, f32>, start: QuantizedMatrix, params: &Params) -> Result<Self> {
+        let optimizer = params.optimizer;
         start.check()?;
         if w.dim() != (start.outputs, start.inputs) {
             return Err(Error::MomentSize { moment: start.inputs, inputs: w.ncols() });
@@ -136,7 +140,8 @@ impl Learner {
         let position = |((row, column), &w): ((usize, usize), &f32)| {
             let at = row * groups + column / len;
             let u = f32::from(start.codes[row * start.inputs + column]);
-            (w / start.scales[at] + start.zero(row, column / len)).clamp(u - EDGE, u + EDGE).clamp(0.0, top)
+            let off = w / start.scales[at] + start.zero(row, column / len) - u;
+            (u + params.spread * off.clamp(-1.0, 1.0)).clamp(0.0, top)
         };
         let positions = w.indexed_iter().map(position).collect();
         let shifts = vec![0.0; start.scales.len()];
@@ -245,26 +250,30 @@ mod tests {
         rtn(w.view(), &width, &rtn::Params::default()).unwrap()
     }
 
+    fn by(optimizer: Optimizer) -> Params {
+        Params { optimizer, spread: 0.4, ..Params::default() }
+    }
+
     #[test]
     fn a_step_by_hand() {
         // s = max|w| / 1.5 = 2, codes w/2 + 2: 2.6 → 3, 0.5 → 0, 2.1 → 2.
         let w = array![[1.2_f32, -3.0, 0.2]];
         let matrix = start(&w, 2, Grid::Sym, 3);
         assert_eq!((&matrix.codes[..], matrix.scales[0]), (&[3, 0, 2][..], 2.0));
-        let mut learner = Learner::new(w.view(), matrix.clone(), Optimizer::Sign).unwrap();
+        let mut learner = Learner::new(w.view(), matrix.clone(), &by(Optimizer::Sign)).unwrap();
         assert_eq!(learner.matrix(), matrix, "the start is what it was given");
-        // Signs +, −, −: 2.6 − 0.2 = 2.4 → 2; 0.5, begun at 0.49, + 0.2 → 1; 2.1 + 0.2 → 2.
+        // Begun at 3 − 0.4·0.4 = 2.84, 0 + 0.4·0.5 = 0.2, 2 + 0.4·0.1 = 2.04. Signs +, −, −: 2.44 → 2; 0.6 → 1; 2.44 → 2.
         // The scale: Σ g·(u − z) = 1·1 − 1·(−2) − 1·0 = 3, so it falls by e^−0.1.
-        learner.step(&array![[1.0, -1.0, -1.0]], 0.2, 0.1);
+        learner.step(&array![[1.0, -1.0, -1.0]], 0.4, 0.1);
         let moved = learner.matrix();
         assert_eq!(moved.codes, [2, 1, 2]);
         assert!((moved.scales[0] - 2.0 * (-0.1_f32).exp()).abs() < 1e-6);
         // No further than one code from where it began, and not off the grid.
-        (0..50).for_each(|_| learner.step(&array![[1.0, -1.0, -1.0]], 0.2, 0.0));
+        (0..50).for_each(|_| learner.step(&array![[1.0, -1.0, -1.0]], 0.4, 0.0));
         assert_eq!(learner.matrix().codes, [2, 1, 3]);
         // Adam's first step is the sign's.
-        let mut adam = Learner::new(w.view(), matrix, Optimizer::Adam).unwrap();
-        adam.step(&array![[5.0, -0.1, -3.0]], 0.2, 0.0);
+        let mut adam = Learner::new(w.view(), matrix, &by(Optimizer::Adam)).unwrap();
+        adam.step(&array![[5.0, -0.1, -3.0]], 0.4, 0.0);
         assert_eq!(adam.matrix().codes, [2, 1, 2]);
     }
 
@@ -283,7 +292,7 @@ mod tests {
             let matrix = start(&w, bits, grid, 32);
             let loss = |weights: &Array2<f32>| (weights - &w).dot(&x.t()).iter().map(|e| e * e).sum::<f32>();
             let before = loss(&matrix.dequantize());
-            let mut learner = Learner::new(w.view(), matrix, optimizer).unwrap();
+            let mut learner = Learner::new(w.view(), matrix, &by(optimizer)).unwrap();
             for step in 0..100 {
                 let gradient = (learner.weights() - &w).dot(&x.t()).dot(&x);
                 let rate = 0.02 * (1.0 - step as f32 / 100.0);
@@ -299,19 +308,19 @@ mod tests {
     #[test]
     fn edges() {
         let empty = Array2::<f32>::zeros((0, 8));
-        let mut learner = Learner::new(empty.view(), start(&empty, 4, Grid::Sym, 4), Optimizer::Adam).unwrap();
+        let mut learner = Learner::new(empty.view(), start(&empty, 4, Grid::Sym, 4), &by(Optimizer::Adam)).unwrap();
         learner.step(&empty, 0.1, 0.1);
         assert_eq!(learner.matrix().codes.len(), 0);
         // A group of zeros keeps its least scale, and a gradient of zero moves nothing.
         let zeros = Array2::<f32>::zeros((1, 4));
         let matrix = start(&zeros, 4, Grid::Asym, 4);
         for optimizer in [Optimizer::Adam, Optimizer::Sign] {
-            let mut learner = Learner::new(zeros.view(), matrix.clone(), optimizer).unwrap();
+            let mut learner = Learner::new(zeros.view(), matrix.clone(), &by(optimizer)).unwrap();
             learner.step(&zeros, 0.1, 0.1);
             assert_eq!(learner.matrix(), matrix);
             learner.step(&array![[1.0, 0.0, 0.0, 0.0]], 100.0, 100.0);
             learner.matrix().check().unwrap();
         }
-        assert!(Learner::new(zeros.view(), start(&empty, 4, Grid::Sym, 4), Optimizer::Sign).is_err());
+        assert!(Learner::new(zeros.view(), start(&empty, 4, Grid::Sym, 4), &by(Optimizer::Sign)).is_err());
     }
 }

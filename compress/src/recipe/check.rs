@@ -96,6 +96,9 @@ fn check_learned(params: &learned::Params, samples: usize, source: &Source) -> V
             add(key, format!("a rate of {value} leads nowhere"), "choose one from 0 up, such as 0.01");
         }
     }
+    if !(0.0..0.5).contains(&params.spread) {
+        add("spread", format!("{} reaches out of the code", params.spread), "choose one from 0 to 0.49");
+    }
     if params.samples == 0 {
         add("samples", "a step of no samples has no gradient".into(), "take some, such as 4");
     }
