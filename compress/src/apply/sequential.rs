@@ -26,7 +26,7 @@ use super::learned::{Layer, Waiting};
 use super::work::Job;
 use super::{Run, declared, output, round, tokens};
 use crate::plan::{Action, Plan};
-use crate::repair::router;
+use crate::repair::refit;
 use crate::solved::{LayerFile, LayerRead, Refit};
 use crate::{Error, Result};
 
@@ -251,8 +251,8 @@ impl Run<'_> {
             None => 1.0,
         };
         let params = self.plan.repair.router_repair.clone().unwrap_or_default();
-        let counts = router::near_the_boundary(logits, chosen.len() / x.nrows().max(1));
-        let fitted = router::fit(w.view(), x, logits, &counts, &params)?;
+        let counts = refit::near_the_boundary(logits, chosen.len() / x.nrows().max(1));
+        let fitted = refit::fit(w.view(), x, logits, &counts, &params)?;
         let values = output::rounded_as_kept(self.model, &name, &fitted.iter().copied().collect::<Vec<f32>>())?;
         overlay.replaced.insert(role, Array2::from_shape_vec(w.dim(), values.clone()).map_err(misfit)?);
         Ok(Fitted { name, values, before })

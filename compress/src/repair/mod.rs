@@ -1,7 +1,7 @@
 //! What mends the rest of a model after a matrix was quantized: the order of layers, the aim of a solver, the router.
 
 pub mod propagate;
-pub mod router;
+pub mod refit;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ pub struct Repair {
     /// With `sequential`: fits each layer's router to the original's logits once its attention is compressed. Changes the router,
     /// which nothing else does, and no byte of its size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub router_repair: Option<router::Params>,
+    pub router_repair: Option<refit::Params>,
 }
 
 /// Whose outputs a layer is solved on.

@@ -1,13 +1,13 @@
 //! Layers solved behind compressed ones, and what is mended there.
 
 use super::*;
-use crate::repair::{Order, Repair, router};
+use crate::repair::{Order, Repair, refit};
 
 /// Two bits, so that there is something to mend.
 fn sequential(model: &Model, propagate: Option<f64>, fit: bool) -> Plan {
     let how = |_: &str, _: Role| Some(Quantize { bits: 2, grid: Grid::Asym, ..four_bits() });
     let mut plan = plan(model, Quantizer::Gptq(gptq::Params::default()), how);
-    plan.repair = Repair { order: Order::Sequential, propagate, router_repair: fit.then(router::Params::default) };
+    plan.repair = Repair { order: Order::Sequential, propagate, router_repair: fit.then(refit::Params::default) };
     if fit {
         let routers = model.layout().roles().filter(|(role, _)| matches!(role, Role::Layer(_, Part::Router)));
         routers.for_each(|(_, name)| _ = plan.tensors.insert(name.to_owned(), Action::Refit));
