@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use kernels::cpu::{Linear, Mode, expert};
-use kernels::layout::{Grid, Packed};
+use kernels::layout::Packed;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros};
 use rayon::prelude::*;
 

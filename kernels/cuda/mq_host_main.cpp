@@ -11,22 +11,6 @@ template <class T> static T *take(size_t count, size_t align = 256) {
     if (fread(p, sizeof(T), count, in) != count) abort();
     return p;
 }
-template <class T, int NB> static void layer(mq_u8 *const *arena, mq_entry *const *table, const mq_u16 *x, int top_k, int **header, mq_item **items,
-                                             int **order, mq_u16 *mid, float *parts) {
-    mq_launch(2, 1, 128, [&] {
-        mq_grouped<T, NB, false>(arena[0], table[0], x, MQ_HIDDEN, MQ_HIDDEN, top_k, header[0], items[0], order[0], mid, MQ_INNER_LD, MQ_INNER, (MQ_INNER + 31) / 32);
-    });
-    mq_launch(2, 1, 128, [&] {
-        mq_grouped<T, NB, true>(arena[1], table[1], mid, MQ_INNER_LD, MQ_INNER, top_k, header[1], items[1], order[1], parts, MQ_HIDDEN, MQ_HIDDEN, (MQ_HIDDEN + 63) / 64);
-    });
-}
-template <class T> static void all(int blocks, mq_u8 *const *arena, mq_entry *const *table, const mq_u16 *x, int top_k, int **header, mq_item **items,
-                                   int **order, mq_u16 *mid, float *parts) {
-    switch (blocks) {
-    case 1: layer<T, 1>(arena, table, x, top_k, header, items, order, mid, parts); break;
-    default: layer<T, 2>(arena, table, x, top_k, header, items, order, mid, parts);
-    }
-}
 int main(int, char **argv) {
     in = fopen(argv[1], "rb");
     to = fopen(argv[2], "wb");
@@ -54,11 +38,13 @@ int main(int, char **argv) {
             mq_route(table[i], entries, ids, ids_bits, map, MQ_EXPERTS, pairs, 8 * blocks, header[i], items[i], order[i]);
         });
     }
-    if (type == 0) all<mq_bf16>(blocks, arena, table, x, top_k, header, items, order, mid.data(), parts.data());
-    else all<mq_f16>(blocks, arena, table, x, top_k, header, items, order, mid.data(), parts.data());
+    // The entry points by type and blocks of eight tokens, as a loader launches them.
+    decltype(&mq_w13_bf16_1) first[2][2] = {{mq_w13_bf16_1, mq_w13_bf16_2}, {mq_w13_f16_1, mq_w13_f16_2}};
+    decltype(&mq_w2_bf16_1) second[2][2] = {{mq_w2_bf16_1, mq_w2_bf16_2}, {mq_w2_f16_1, mq_w2_f16_2}};
+    mq_launch(2, 1, 128, [&] { first[type][blocks - 1](arena[0], table[0], x, MQ_HIDDEN, top_k, header[0], items[0], order[0], mid.data()); });
+    mq_launch(2, 1, 128, [&] { second[type][blocks - 1](arena[1], table[1], mid.data(), MQ_INNER_LD, top_k, header[1], items[1], order[1], parts.data()); });
     mq_launch(tokens, (MQ_HIDDEN + 255) / 256, 256, [&] {
-        if (type == 0) mq_combine<mq_bf16>(parts.data(), table[1], entries, ids, ids_bits, map, MQ_EXPERTS, weights, top_k, out.data(), MQ_HIDDEN);
-        else mq_combine<mq_f16>(parts.data(), table[1], entries, ids, ids_bits, map, MQ_EXPERTS, weights, top_k, out.data(), MQ_HIDDEN);
+        (type ? mq_combine_f16 : mq_combine_bf16)(parts.data(), table[1], entries, ids, ids_bits, map, MQ_EXPERTS, weights, top_k, out.data(), MQ_HIDDEN);
     });
     fwrite(parts.data(), 4, pairs * MQ_HIDDEN, to);
     fwrite(out.data(), 2, tokens * MQ_HIDDEN, to);
@@ -67,8 +53,7 @@ int main(int, char **argv) {
             std::vector<mq_u16> weights16(2 * MQ_INNER * MQ_HIDDEN, 0xffff);
             int rows = i ? MQ_HIDDEN : MQ_INNER, inputs = i ? MQ_INNER : MQ_HIDDEN;
             mq_launch(table[i][entry].n_tiles, table[i][entry].k_tiles, 128, [&] {
-                if (type == 0) mq_dequant<mq_bf16>(arena[i], table[i], entry, weights16.data(), rows, inputs);
-                else mq_dequant<mq_f16>(arena[i], table[i], entry, weights16.data(), rows, inputs);
+                (type ? mq_dequant_f16 : mq_dequant_bf16)(arena[i], table[i], entry, weights16.data(), rows, inputs);
             });
             fwrite(weights16.data(), 2, (i ? 1 : 2) * MQ_INNER * MQ_HIDDEN, to);
         }

@@ -209,7 +209,7 @@ int mq_moe_forward(mq_layer *layer, const void *x, int64_t ldx, const void *topk
     const space s = plan(tokens, top_k, entries);
     if (!workspace || (uintptr_t)workspace % 256 || workspace_bytes < s.end)
         return fail(MQ_WORKSPACE, "a workspace of %zu bytes where %zu, aligned to 256, are needed", workspace_bytes, s.end);
-    const int blocks = tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8, block = 8 * blocks;
+    const int blocks = tokens <= 8 ? 1 : tokens <= 16 ? 2 : 4, block = 8 * blocks;
     const char *type = layer->type == MQ_BF16 ? "bf16" : "f16";
     int pairs = tokens * top_k, experts = MQ_EXPERTS, count = entries, most = block, bits = ids_bits, k = top_k, code = 0;
     char *at = workspace, name[64];

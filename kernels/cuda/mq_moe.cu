@@ -187,14 +187,8 @@ MQ_D void mq_grouped(const mq_u8 *arena, const mq_entry *table, const mq_u16 *x,
                                                  int *header, const mq_item *items, const int *order, float *out) {                         \
         mq_grouped<T, NB, true>(arena, table, x, ldx, MQ_INNER, top_k, header, items, order, out, MQ_HIDDEN, MQ_HIDDEN, (MQ_HIDDEN + 63) / 64); \
     }
-MQ_ENTRY(1, bf16, mq_bf16)
-MQ_ENTRY(2, bf16, mq_bf16)
-MQ_ENTRY(4, bf16, mq_bf16)
-MQ_ENTRY(8, bf16, mq_bf16)
-MQ_ENTRY(1, f16, mq_f16)
-MQ_ENTRY(2, f16, mq_f16)
-MQ_ENTRY(4, f16, mq_f16)
-MQ_ENTRY(8, f16, mq_f16)
+#define MQ_BOTH(NB) MQ_ENTRY(NB, bf16, mq_bf16) MQ_ENTRY(NB, f16, mq_f16)
+MQ_BLOCKS(MQ_BOTH)
 
 // Grid: (tokens, hidden / 256), 256 threads. A pair whose expert is not here adds nothing.
 template <class T>

@@ -94,7 +94,7 @@ fn constants(model: &Model) -> String {
     format!(
         "// Written for one checkpoint by `moepress emit`; write it anew instead of editing it.\n\
          #define MQ_HIDDEN {hidden}\n#define MQ_INNER {inner}\n#define MQ_INNER_LD {}\n#define MQ_EXPERTS {}\n#define MQ_MAX_EXPERTS {}\n\
-         #define MQ_TOP_K {}\n#define MQ_WIDTHS(X) {each}\n#define MQ_WIDTH_LIST {list}\n",
+         #define MQ_TOP_K {}\n#define MQ_WIDTHS(X) {each}\n#define MQ_WIDTH_LIST {list}\n#define MQ_BLOCKS(X) X(1) X(2) X(4)\n",
         inner.next_multiple_of(8),
         model.experts,
         model.experts,
@@ -147,7 +147,7 @@ fn manifest(model: &Model, files: &BTreeMap<&str, String>, golden: &str) -> serd
     let entry_points: Vec<String> = ["bf16", "f16"]
         .into_iter()
         .flat_map(|t| {
-            let blocks = [1, 2, 4, 8].into_iter().flat_map(move |n| [format!("mq_w13_{t}_{n}"), format!("mq_w2_{t}_{n}")]);
+            let blocks = [1, 2, 4].into_iter().flat_map(move |n| [format!("mq_w13_{t}_{n}"), format!("mq_w2_{t}_{n}")]);
             blocks.chain([format!("mq_dequant_{t}"), format!("mq_combine_{t}")])
         })
         .chain(["mq_route".to_owned()])
@@ -162,7 +162,7 @@ fn manifest(model: &Model, files: &BTreeMap<&str, String>, golden: &str) -> serd
         "top_k": model.top_k,
         "widths": model.widths(),
         "threads": 128,
-        "tokens_per_item": { "1": 8, "2": 16, "4": 32, "8": 64 },
+        "tokens_per_item": { "1": 8, "2": 16, "4": 32 },
         "entry_points": entry_points,
         "compiled": [],
         "layers": layers,
