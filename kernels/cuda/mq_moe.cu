@@ -97,8 +97,9 @@ MQ_D void mq_slab_product(const mq_u8 *arena, const mq_entry &e, int row_tile, i
                 mq_mma<T>(part[n], a, b);
                 if (sums) mq_mma<T>(total[n], ones, b);
             }
+            // A group has two fragments at least.
             const int done = tile * 8 + J + 1;
-            if (done % run == 0) {
+            if (J % 2 == 1 && done % run == 0) {
                 unsigned long long i = ((unsigned long long)row_tile * groups + (done / run - 1)) * 64 + slab * 16 + g;
                 const float s0 = mq_scale(scales, e.flags, i), s1 = mq_scale(scales, e.flags, i + 8);
                 float c0 = 0, c1 = 0;
