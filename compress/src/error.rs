@@ -36,6 +36,18 @@ pub enum Error {
     #[error(transparent)]
     Undecided(#[from] crate::allocate::Undecided),
 
+    /// Experts that too few tokens reached, where the recipe's rule is to stop.
+    #[error(
+        "too few calibration tokens reached {}, and calibrate.undercalibrated says stop:{}\nask for more samples or \
+         [calibrate.sampler.balanced], or name another rule: blend or rtn",
+        plural(experts.len(), "expert", "experts"),
+        listed(experts)
+    )]
+    Undercalibrated {
+        /// Each with its layer, its tokens and those it needs.
+        experts: Vec<String>,
+    },
+
     // ---- quantize ----
     /// Codes, scales or packed words that do not hold together.
     #[error(transparent)]
@@ -310,6 +322,15 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What it is instead.
+        what: String,
+    },
+
+    /// A folder without statistics.
+    #[error("{}: {what}; name a folder of statistics, or an output directory whose calibration is done", dir.display())]
+    NoStats {
+        /// The folder.
+        dir: PathBuf,
+        /// What is not there.
         what: String,
     },
 

@@ -38,6 +38,11 @@ fn mlp(rows: usize, inner: usize, d: usize) -> usize {
     rows * (3 * d + 4 * inner)
 }
 
+/// Elements of attention's weights.
+pub(crate) fn attention_weights(spec: &Spec) -> usize {
+    attention(spec, 0, 0).0
+}
+
 /// Elements of attention's weights, and of what one batch holds: queries, keys, values and their product, beside them either
 /// the copies that rotation takes or scores before and after the softmax with their mask, which is one to all heads.
 fn attention(spec: &Spec, batch: usize, tokens: usize) -> (usize, usize) {

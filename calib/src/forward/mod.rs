@@ -38,6 +38,7 @@ mod tap;
 pub(crate) mod testing;
 
 pub(crate) use adjoint::{Adjoint, SiteRows};
+pub(crate) use attention::SCORES;
 pub use batch::{BATCH_TOKENS, embed, rows};
 pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
@@ -46,8 +47,8 @@ pub(crate) use layer::{Context, MlpKind};
 pub use layer::{DecoderLayer, Experts, decoder_layer};
 pub use memory::{Samples, peak_bytes};
 pub(crate) use moe::CHUNK;
-pub use moe::values;
 pub(crate) use moe::{GatedMlp, Load, MlpAdjoint, MoeBlock, Output, SharedExpert, accumulate, add, blocks, expert, gather, pieces, starts};
-pub use parallel::Options;
+pub use moe::{spread, values};
+pub use parallel::{Options, limit_in_flight};
 pub(crate) use parallel::{in_blocks, together};
 pub use tap::{NoTap, Routed, Routing, Tap};

@@ -22,6 +22,16 @@ impl Moment {
         Self { sums: Array2::zeros((width, width)), tokens: 0 }
     }
 
+    /// From the sums over `tokens` tokens, `[width, width]`, of which the upper triangle is read.
+    ///
+    /// # Panics
+    ///
+    /// If they are not square.
+    pub fn from_sums(sums: Array2<f32>, tokens: u64) -> Self {
+        assert_eq!(sums.nrows(), sums.ncols(), "a second moment is square");
+        Self { sums, tokens }
+    }
+
     /// Adds rows `[rows, width]`; `weights` is each row's `v`, `[rows]`, not negative; `None`: 1 each.
     ///
     /// # Panics
@@ -67,6 +77,29 @@ impl Moment {
         Ok(())
     }
 
+    /// Joins it, half and half, with a moment over other tokens that stands in for those it has not seen, `other` scaled to
+    /// its trace, which so stays what it was. Where there is none, it becomes `other` over one average token.
+    ///
+    /// # Errors
+    ///
+    /// As [`Moment::merge`].
+    pub fn blend(&mut self, other: &Self) -> Result<()> {
+        same("input channels", self.width(), other.width())?;
+        let (own, all) = (self.trace(), other.trace());
+        let (keep, take) = match (own > 0.0, all > 0.0) {
+            (true, true) => (0.5, (0.5 * own / all) as f32),
+            (true, false) => (1.0, 0.0),
+            (false, _) => (0.0, 1.0 / other.tokens.max(1) as f32),
+        };
+        self.sums.zip_mut_with(&other.sums, |own, &all| *own = *own * keep + all * take);
+        Ok(())
+    }
+
+    /// Multiplies it, as if every token's weight were so much more.
+    pub fn scale(&mut self, by: f32) {
+        self.sums *= by;
+    }
+
     /// The whole symmetric matrix, `[width, width]`.
     pub fn into_matrix(mut self) -> Array2<f32> {
         linalg::mirror(self.sums.view_mut());
@@ -96,6 +129,29 @@ mod tests {
         assert_eq!(moment.tokens(), 4);
         assert_eq!(moment.into_matrix(), array![[14.0, 7.0], [7.0, 21.0]]);
         assert!(weighted.merge(&Moment::new(3)).is_err());
+    }
+
+    #[test]
+    fn a_blend_keeps_the_trace_and_the_tokens() {
+        let of = |rows: Array2<f32>| {
+            let mut moment = Moment::new(2);
+            moment.add(rows.view(), None);
+            moment
+        };
+        // Own ((4, 0), (0, 0)); all ((2, 1), (1, 6)) of trace 8 over two tokens: half of it at trace 4 is ((0.5, 0.25), (0.25, 1.5)).
+        let all = of(array![[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]);
+        let mut few = of(array![[2.0, 0.0]]);
+        few.blend(&all).unwrap();
+        assert_eq!((few.tokens(), few.trace()), (1, 4.0));
+        assert_eq!(few.into_matrix(), array![[2.5, 0.25], [0.25, 1.5]]);
+        let mut none = Moment::new(2);
+        none.blend(&all).unwrap();
+        assert_eq!(none.tokens(), 0);
+        assert_eq!(none.into_matrix(), array![[0.5, 0.25], [0.25, 1.5]]);
+        let mut alone = of(array![[2.0, 0.0]]);
+        alone.blend(&Moment::new(2)).unwrap();
+        assert_eq!(alone.trace(), 4.0);
+        assert!(alone.blend(&Moment::new(3)).is_err());
     }
 
     #[test]

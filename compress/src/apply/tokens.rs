@@ -5,18 +5,19 @@
 //! same time, and one attention site.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Tensor, backend::Backend};
 use calib::arch::Site;
-use calib::forward::{Routed, Tap, values};
+use calib::forward::{Routed, Tap, spread, values};
 use calib::stats::Moment;
 use calib::{Model, Weights};
 use kernels::Group;
 use ndarray::ArrayView2;
 
 use super::work::Job;
-use crate::plan::Plan;
+use crate::blend::{self, LayerRows};
+use crate::plan::{Plan, Solver as Who};
 use crate::quantize::factor::factorize;
 use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
 use crate::solved::{Account, By, LayerFile, Report};
@@ -30,6 +31,8 @@ pub struct Solver<'a> {
     file: &'a LayerFile,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
+    /// What enters the layer's experts, where the plan blends one. Set before any expert runs.
+    layer_rows: OnceLock<LayerRows>,
 }
 
 impl<'a> Solver<'a> {
@@ -40,7 +43,15 @@ impl<'a> Solver<'a> {
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
             by_site.entry(job.site).or_default().push(job);
         }
-        Some(Self { model, params, refine: plan.refine.as_ref(), file, jobs: by_site, moments: Mutex::default() })
+        Some(Self {
+            model,
+            params,
+            refine: plan.refine.as_ref(),
+            file,
+            jobs: by_site,
+            moments: Mutex::default(),
+            layer_rows: OnceLock::new(),
+        })
     }
 
     fn take(&self, site: Site) -> Option<Moment> {
@@ -58,11 +69,21 @@ impl<'a> Solver<'a> {
         Ok(())
     }
 
-    fn solve(&self, site: Site) -> Result<()> {
+    /// A site's whole moment, blended where the plan says so.
+    fn moment(&self, layer: usize, site: Site, jobs: &[&Job<'_>]) -> Result<Moment> {
+        let unreached = || Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) };
+        let own = self.take(site).filter(|moment| moment.tokens() > 0);
+        if !jobs.iter().any(|job| blends(job)) {
+            return own.ok_or_else(unreached);
+        }
+        let mut moment = own.unwrap_or_else(|| Moment::new(jobs.first().map_or(0, |job| job.shape[1])));
+        self.layer_rows.get().ok_or_else(unreached)?.blend(self.model, layer, site, &mut moment)?;
+        Ok(moment)
+    }
+
+    fn solve(&self, layer: usize, site: Site) -> Result<()> {
         let Some(jobs) = self.jobs.get(&site) else { return Ok(()) };
-        let Some(moment) = self.take(site).filter(|moment| moment.tokens() > 0) else {
-            return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
-        };
+        let moment = self.moment(layer, site, jobs)?;
         let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
         let moment = moment.into_matrix();
         let factor = factorize(moment.view(), &groups, self.params)?;
@@ -79,6 +100,11 @@ impl<'a> Solver<'a> {
         }
         Ok(())
     }
+}
+
+/// Whether a matrix is solved against its layer's tokens too.
+fn blends(job: &Job<'_>) -> bool {
+    matches!(job.how.solver, Who::Blended { .. })
 }
 
 /// An error of ours on its way through the forward pass.
@@ -98,7 +124,17 @@ impl<B: Backend> Tap<B> for Solver<'_> {
         self.add(site, rows)
     }
 
-    fn done(&self, _: usize, site: Site) -> calib::Result<()> {
-        self.solve(site).map_err(boxed)
+    fn entered(&self, layer: usize, x: &[Tensor<B, 2>], _: &[u64]) -> calib::Result<()> {
+        if self.jobs.values().flatten().any(|job| blends(job)) {
+            let spec = self.model.spec();
+            let most = blend::rows(spec.hidden, spec.moe(layer).map_or(0, |moe| moe.inner));
+            // Set once: a layer is entered once.
+            let _ = self.layer_rows.set(LayerRows::new(spread(x, most)?));
+        }
+        Ok(())
+    }
+
+    fn done(&self, layer: usize, site: Site) -> calib::Result<()> {
+        self.solve(layer, site).map_err(boxed)
     }
 }

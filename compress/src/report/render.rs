@@ -21,6 +21,7 @@ pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> Stri
     let mut text = heading(report) + "\n\n";
     if let Some(scores) = &report.evaluation {
         text += &table(&score_rows(scores));
+        text += &judged(report);
         text.push('\n');
     }
     text += &table(&size_rows(report));
@@ -38,7 +39,7 @@ pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> Stri
 pub fn markdown_report(report: &Report) -> String {
     let mut text = format!("# {}\n\n", heading(report));
     if let Some(scores) = &report.evaluation {
-        text += &(markdown(&score_rows(scores)) + "\n");
+        text += &(markdown(&score_rows(scores)) + "\n" + &judged(report) + "\n");
     }
     text += &markdown(&size_rows(report));
     let shared_out = allocation(&report.plan, markdown);
@@ -48,17 +49,26 @@ pub fn markdown_report(report: &Report) -> String {
     text + &format!("\n{}.\n", exceptions(&report.plan))
 }
 
+/// Which of the outputs the scores are of.
+fn judged(report: &Report) -> String {
+    match report.evaluated.as_deref() {
+        Some(format) if report.outputs.len() > 1 => format!("scores of the output {format}\n"),
+        _ => String::new(),
+    }
+}
+
 fn heading(report: &Report) -> String {
     let model = &report.model;
     let bits = report.bits_per_weight.map_or("nothing quantized".to_owned(), |bits| format!("quantized to {bits:.3} stored bits a weight"));
     format!("{} ({}, {} parameters, {} active): {bits}", model.name, model.family, count(model.parameters), count(model.active))
 }
 
-/// What was not done as asked: experts rounded to nearest, dead channels.
+/// What was not done as asked: experts blended or rounded for want of tokens, dead channels.
 fn exceptions(plan: &Summary) -> String {
     let plural = |n: usize, one: &str| if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") };
     format!(
-        "{} rounded to nearest for want of tokens, {} left as rounded",
+        "for want of tokens {} blended with the layer's and {} rounded to nearest, {} left as rounded",
+        plural(plan.blended_experts, "expert"),
         plural(plan.rounded_experts, "expert"),
         plural(plan.dead_channels, "dead input channel")
     )
