@@ -1,25 +1,25 @@
 //! Second moments `Σ v x xᵀ` of what enters a site: the Hessian that solvers work with.
 //!
-//! A sum over tokens, not a mean, in f32; only the upper triangle is computed. Too large to be a file (one of each expert of
+//! A sum over tokens, not a mean, in f32; only the upper triangle is computed and kept. Too large to be a file (one of each expert of
 //! Qwen3-30B: 59 GB), so it is made, used and dropped within a layer.
 
 use ndarray::{Array2, ArrayView2};
 
 use super::same;
-use crate::{Result, linalg};
+use crate::Result;
+use crate::linalg::Triangle;
 
 /// `Σ v x xᵀ` over the tokens that entered one site.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moment {
-    /// The upper triangle; what is below it means nothing.
-    sums: Array2<f32>,
+    sums: Triangle,
     tokens: u64,
 }
 
 impl Moment {
     /// Nothing seen.
     pub fn new(width: usize) -> Self {
-        Self { sums: Array2::zeros((width, width)), tokens: 0 }
+        Self { sums: Triangle::new(width), tokens: 0 }
     }
 
     /// From the sums over `tokens` tokens, `[width, width]`, of which the upper triangle is read.
@@ -28,8 +28,7 @@ impl Moment {
     ///
     /// If they are not square.
     pub fn from_sums(sums: Array2<f32>, tokens: u64) -> Self {
-        assert_eq!(sums.nrows(), sums.ncols(), "a second moment is square");
-        Self { sums, tokens }
+        Self { sums: Triangle::of(sums.view()), tokens }
     }
 
     /// Adds rows `[rows, width]`; `weights` is each row's `v`, `[rows]`, not negative; `None`: 1 each.
@@ -41,18 +40,18 @@ impl Moment {
         assert_eq!(rows.ncols(), self.width(), "inputs of a second moment");
         self.tokens += rows.nrows() as u64;
         match weights {
-            None => linalg::add_gram(self.sums.view_mut(), rows),
+            None => self.sums.add_gram(rows),
             Some(weights) => {
                 let mut scaled = rows.as_standard_layout().into_owned();
                 scaled.rows_mut().into_iter().zip(weights).for_each(|(mut row, v)| row *= v.sqrt());
-                linalg::add_gram(self.sums.view_mut(), scaled.view());
+                self.sums.add_gram(scaled.view());
             }
         }
     }
 
     /// Input channels.
     pub fn width(&self) -> usize {
-        self.sums.ncols()
+        self.sums.side()
     }
 
     /// Tokens seen.
@@ -62,7 +61,7 @@ impl Moment {
 
     /// Sum of the diagonal.
     pub fn trace(&self) -> f64 {
-        self.sums.diag().iter().map(|&x| f64::from(x)).sum()
+        self.sums.diagonal().map(f64::from).sum()
     }
 
     /// Adds the same site's moment over other tokens.
@@ -73,7 +72,7 @@ impl Moment {
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         same("input channels", self.width(), other.width())?;
         self.tokens += other.tokens;
-        self.sums += &other.sums;
+        self.sums.combine(1.0, &other.sums, 1.0);
         Ok(())
     }
 
@@ -91,19 +90,18 @@ impl Moment {
             (true, false) => (1.0, 0.0),
             (false, _) => (0.0, 1.0 / other.tokens.max(1) as f32),
         };
-        self.sums.zip_mut_with(&other.sums, |own, &all| *own = *own * keep + all * take);
+        self.sums.combine(keep, &other.sums, take);
         Ok(())
     }
 
     /// Multiplies it, as if every token's weight were so much more.
     pub fn scale(&mut self, by: f32) {
-        self.sums *= by;
+        self.sums.scale(by);
     }
 
     /// The whole symmetric matrix, `[width, width]`.
-    pub fn into_matrix(mut self) -> Array2<f32> {
-        linalg::mirror(self.sums.view_mut());
-        self.sums
+    pub fn into_matrix(self) -> Array2<f32> {
+        self.sums.to_dense()
     }
 }
 
