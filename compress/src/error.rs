@@ -282,6 +282,26 @@ pub enum Error {
     },
 
     // ---- run, cli ----
+    /// A run that does not fit the memory it is given.
+    #[error(
+        "--memory {budget}: the stage {stage} holds {peak} with one batch or expert in flight, of it {hidden} of hidden states of \
+         {tokens} tokens a copy; {advice}"
+    )]
+    Memory {
+        /// What may be held.
+        budget: String,
+        /// The stage that holds most.
+        stage: &'static str,
+        /// What it holds.
+        peak: String,
+        /// One copy of the samples' hidden states.
+        hidden: String,
+        /// Tokens of the samples.
+        tokens: usize,
+        /// What would fit.
+        advice: String,
+    },
+
     /// An output directory that another process works on.
     #[error("another moepress is at work in {}; wait for it, or give another directory with --out", out.display())]
     Busy {
