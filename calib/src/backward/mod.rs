@@ -11,9 +11,9 @@
 //! **Memory.** In the letters of [`forward`](crate::forward), with the narrowest token weight `w = Σ sites' rows` (at most
 //! `R · (6 + 2·k)`) of one layer, the peak of one layer is, in f32,
 //!
-//! `4 · ( 6·R·d + n · max( b · (8·q + 8·d) + 4·SCORES , 3·f·d + min(R, CHUNK) · (6·d + 9·f) + d² + f² ) + W + its second moments +
-//! 2·k·R + w )` bytes, with `W` the weights of attention, router and shared expert ([`peak_bytes`] computes it, and a test holds the
-//! pass to it):
+//! `4 · ( 6·R·d + n · max( b · (8·q + 8·d) + 4·s , 3·f·d + min(R, CHUNK) · (6·d + 9·f) + d² + f² ) + W + its second moments +
+//! 2·k·R + w )` bytes, with `s` scores at once and `W` the weights of attention, router and shared expert ([`peak_bytes`] computes
+//! it, and a test holds the pass to it):
 //!
 //! what entered the layer, what entered its second half and its normed copy, the gradients at both, and one more copy waiting
 //! to be added. With [`Scratch::Memory`] another `4·L·R·d` for what entered the layers; with [`Scratch::Disk`] that lies on

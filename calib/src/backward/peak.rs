@@ -1,17 +1,17 @@
 //! How much memory a backward pass takes, from the shape of a layer alone.
 
 use crate::arch::{Attention, Mlp, Site, Spec};
-use crate::forward::memory::attention_weights;
-use crate::forward::{BATCH_TOKENS, CHUNK, SCORES, Samples};
+use crate::forward::memory::{attention_weights, scores};
+use crate::forward::{BATCH_TOKENS, CHUNK, Samples};
 use crate::stats::sites;
 
 /// Bytes that the pass needs at most in one layer, with second moments of every site and what entered the layers on disk.
 pub fn peak_bytes(spec: &Spec, layer: usize, samples: Samples, in_flight: usize) -> u64 {
     let (rows, d) = (samples.count * samples.tokens, spec.hidden);
     let batch = BATCH_TOKENS.max(samples.tokens).min(rows);
-    let q = match &spec.attention {
-        Attention::Grouped(a) => a.heads * a.head_dim,
-        Attention::Latent(a) => a.heads * (a.nope_dim + a.rope_dim.max(a.value_dim)),
+    let (heads, width) = match &spec.attention {
+        Attention::Grouped(a) => (a.heads, a.head_dim),
+        Attention::Latent(a) => (a.heads, a.nope_dim + a.rope_dim.max(a.value_dim)),
     };
     // A gated MLP: its matrices, its rows with their gradients, and its two second moments.
     let mlp = |rows: usize, inner: usize| 3 * inner * d + rows * (6 * d + 9 * inner) + d * d + inner * inner;
@@ -23,7 +23,7 @@ pub fn peak_bytes(spec: &Spec, layer: usize, samples: Samples, in_flight: usize)
             (moe.experts * d, mlp(CHUNK.min(rows), moe.inner).max(shared).max(3 * batch * moe.experts), lists)
         }
     };
-    let attention = batch * (8 * q + 8 * d) + 4 * SCORES;
+    let attention = batch * (8 * heads * width + 8 * d) + 4 * scores(batch, heads, samples.tokens);
     let moments: usize = sites(spec, layer)
         .iter()
         .filter(|(site, _)| !matches!(site, Site::ExpertIn(_) | Site::ExpertDown(_)))

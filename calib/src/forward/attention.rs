@@ -14,7 +14,7 @@ use crate::Result;
 use crate::arch::{Grouped, Part, QkNorm, Site, Spec};
 
 /// Most scores held at once by the attention of one batch: 64 MiB of f32.
-pub(crate) const SCORES: usize = 16 << 20;
+pub(super) const SCORES: usize = 16 << 20;
 /// Fewest queries in a block, however long the input.
 pub(super) const QUERIES: usize = 32;
 

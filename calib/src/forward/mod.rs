@@ -38,7 +38,6 @@ mod tap;
 pub(crate) mod testing;
 
 pub(crate) use adjoint::{Adjoint, SiteRows};
-pub(crate) use attention::SCORES;
 pub use batch::{BATCH_TOKENS, embed, rows};
 pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
