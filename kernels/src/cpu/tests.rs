@@ -1,3 +1,5 @@
+//! Products of packed matrices against the dequantized ones in f64.
+
 use ndarray::{Array2, ArrayView2};
 use proptest::prelude::*;
 

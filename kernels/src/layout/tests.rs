@@ -1,3 +1,5 @@
+//! The bytes of the layout against its written specification, round trips, and what is refused.
+
 use proptest::prelude::*;
 
 use super::transcode::{Meta, ZeroForm, from_compressed_tensors, from_gptq, from_mlx, to_compressed_tensors, to_gptq, to_mlx};
