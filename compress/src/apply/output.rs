@@ -4,10 +4,10 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use calib::Model;
 use calib::arch::Role;
 use calib::progress::Progress;
 use calib::tensor::{self, Dtype};
+use calib::{Model, Weights};
 use kernels::QuantizedMatrix;
 
 use super::work;
