@@ -16,6 +16,7 @@ use serde_json::json;
 use super::args::{Cli, Command, EvalArgs, Global, InspectArgs, RecipeArgs, RoundTo, StageArgs};
 use super::console::Console;
 use super::inspect::{self, Detail};
+use super::stats::stats;
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Shape};
 use crate::recipe::{self, Loaded};
@@ -36,6 +37,7 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Plan(args) => stages(args, Stage::Plan, &cli.global, console),
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
+        Command::Stats(command) => stats(command),
         Command::Schema => Ok(recipe::schema().map_err(std::io::Error::from)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -73,7 +75,7 @@ fn check(args: &RecipeArgs) -> Result<String> {
 fn stages(args: &StageArgs, until: Stage, global: &Global, console: &Console) -> Result<String> {
     let loaded = load(&args.recipe)?;
     let earlier = if args.force { Earlier::Discard } else { Earlier::Resume };
-    let options = Options { until, earlier, device: global.device.open()? };
+    let options = Options { until, earlier, device: global.device.open()?, memory: args.memory.map(|size| size.0) };
     let finished = run::run(&loaded, &options, console.progress().as_ref())?;
     let dir = finished.out.join("moepress");
     let text = match until {

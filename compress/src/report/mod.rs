@@ -4,6 +4,7 @@
 //! What a stage cost stands in its marker, and is shown beside the report.
 
 mod render;
+mod stats;
 mod table;
 mod usage;
 
@@ -16,6 +17,7 @@ use crate::plan::Summary;
 use crate::{Error, Result};
 
 pub use render::{coverage, evaluation, markdown_report, plan, text_report};
+pub use stats::{DomainReport, LayerReport, StatsReport, read_stats, stats_csv, stats_svg, stats_text};
 pub use table::{bytes, count, markdown, memory, seconds, table};
 pub use usage::{Cost, Meter};
 
@@ -32,6 +34,9 @@ pub struct Report {
     pub bits_per_weight: Option<f64>,
     /// What was written.
     pub outputs: Vec<OutputRow>,
+    /// Which output was evaluated: the first. `moepress eval` judges the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluated: Option<String>,
     /// What solving came to.
     #[serde(default)]
     pub solved: Outcome,
