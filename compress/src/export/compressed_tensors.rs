@@ -103,7 +103,7 @@ fn scale_dtype(scale: ScaleType) -> Dtype {
 /// Why the format cannot hold a matrix, if it cannot.
 pub(super) fn refusal(tensor: &Tensor, scheme: Scheme) -> Option<String> {
     let name = &tensor.name;
-    if matches!(tensor.kind, Kind::Embedding | Kind::Head) {
+    if matches!(tensor.kind(), Kind::Embedding | Kind::Head) {
         return Some(format!(
             "{name}: no loader of compressed-tensors is known to take a packed embedding or head; use [export.dense] alone"
         ));
