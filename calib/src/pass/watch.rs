@@ -5,6 +5,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use crate::Result;
 use crate::arch::Site;
 use crate::forward::{Routed, Routing, Tap, values};
+use crate::sample::Through;
 
 /// Sees the inputs of every site that it wants, beside the statistics of the pass.
 ///
@@ -50,6 +51,8 @@ pub trait Watch: Sync {
 pub(super) struct Watched<'a, T> {
     pub tap: &'a T,
     pub watch: Option<&'a dyn Watch>,
+    /// Which tokens the experts' sites are shown.
+    pub through: Through,
 }
 
 impl<T> Watched<'_, T> {
@@ -68,6 +71,10 @@ impl<B: Backend, T: Tap<B>> Tap<B> for Watched<'_, T> {
             watch.rows(layer, site, &values(rows.clone(), "inputs of a site")?, rows.dims()[1], routed)?;
         }
         if self.tap.wants(layer, site) { self.tap.rows(layer, site, rows, routed) } else { Ok(()) }
+    }
+
+    fn wants_every_row(&self) -> bool {
+        self.through == Through::All
     }
 
     fn wants_gates(&self) -> bool {

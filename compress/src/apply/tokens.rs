@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::{Tensor, backend::Backend};
 use calib::arch::Site;
 use calib::forward::{Routed, Tap, values};
+use calib::sample::Through;
 use calib::stats::Moment;
 use calib::{Model, Weights};
 use kernels::Group;
@@ -27,6 +28,8 @@ pub struct Solver<'a> {
     model: &'a Model,
     params: &'a gptq::Params,
     refine: Option<&'a Refine>,
+    /// Which tokens the experts' moments are over.
+    experts: Through,
     file: &'a LayerFile,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
@@ -40,7 +43,7 @@ impl<'a> Solver<'a> {
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
             by_site.entry(job.site).or_default().push(job);
         }
-        Some(Self { model, params, refine: plan.refine.as_ref(), file, jobs: by_site, moments: Mutex::default() })
+        Some(Self { model, params, refine: plan.refine.as_ref(), experts: plan.experts, file, jobs: by_site, moments: Mutex::default() })
     }
 
     fn take(&self, site: Site) -> Option<Moment> {
@@ -90,6 +93,10 @@ pub(crate) fn boxed(error: Error) -> calib::Error {
 }
 
 impl<B: Backend> Tap<B> for Solver<'_> {
+    fn wants_every_row(&self) -> bool {
+        self.experts == Through::All
+    }
+
     fn wants(&self, _: usize, site: Site) -> bool {
         self.jobs.contains_key(&site)
     }

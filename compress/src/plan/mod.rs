@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use calib::arch::{Part, Role};
+use calib::sample::Through;
 use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +42,9 @@ pub struct Plan {
     /// What improves the quantizer's codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
+    /// Which tokens the experts' second moments are over.
+    #[serde(default, skip_serializing_if = "is_routed")]
+    pub experts: Through,
     /// How a program shared out the widths, where one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Account>,
@@ -130,6 +134,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         corpus: measured.map(|m| m.corpus.clone()),
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
         refine: recipe.refine.clone(),
+        experts: recipe.calibrate.as_ref().map(|c| c.experts).unwrap_or_default(),
         allocation: widths.and_then(|w| w.account),
         quantizer,
     })
@@ -157,6 +162,10 @@ fn quantize(choice: &Choice, tensor: &Tensor, layer: usize, part: Part, solved: 
     let dead_channels = seen.filter(|seen| seen.rows > 0).map_or(0, |seen| seen.dead);
     let Choice { bits, group, grid } = *choice;
     Quantize { bits, group, grid, scale: tensor.scale, solver, dead_channels }
+}
+
+fn is_routed(experts: &Through) -> bool {
+    *experts == Through::Routed
 }
 
 fn is_zero(n: &usize) -> bool {
