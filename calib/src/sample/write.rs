@@ -157,12 +157,12 @@ mod tests {
         // Weights 1, 2, 5 of 8, and an id that no token has.
         let logits = [1.0_f32.ln(), 2.0_f32.ln(), 5.0_f32.ln(), 9.0];
         let mut random = Stream::new(1, 0);
-        let mut counts = [0; 4];
+        let mut counts = [0_i32; 4];
         (0..8000).for_each(|_| counts[random.sample(&logits, 1.0, 3) as usize] += 1);
         // Three standard deviations of 8000 draws: 3 · √(8000 · p(1 − p)) ≤ 134.
-        assert!(counts.iter().zip([1000, 2000, 5000, 0]).all(|(&n, want)| (n - want as i32).abs() < 134), "{counts:?}");
+        assert!(counts.iter().zip([1000, 2000, 5000, 0]).all(|(&n, want)| (n - want).abs() < 134), "{counts:?}");
         // Temperature 1/2 squares them: 1, 4, 25 of 30.
-        let mut cold = [0; 3];
+        let mut cold = [0_i32; 3];
         (0..3000).for_each(|_| cold[random.sample(&logits, 0.5, 3) as usize] += 1);
         assert!((cold[2] - 2500).abs() < 70, "{cold:?}");
         assert_eq!(random.sample(&[f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY], 1.0, 3), 1);
