@@ -19,7 +19,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::allocate::Allocate;
 use crate::export::Exports;
+use crate::objective::Objective;
 use crate::quantize::{Quantizer, Refine};
+use crate::repair::Repair;
 
 pub use check::{check, check_values};
 pub use invalid::{Invalid, Problem};
@@ -44,12 +46,18 @@ pub struct Recipe {
     /// The texts that the model is measured on, for quantizers that need it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibrate: Option<Calibrate>,
+    /// What the error of a token counts, for quantizers that solve against calibration tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objective: Option<Objective>,
     /// The quantizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantizer>,
     /// What improves the quantizer's codes afterwards; needs a quantizer that solves against calibration tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
+    /// The order in which layers are solved, and what is mended beside the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<Repair>,
     /// How many bits each matrix gets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,

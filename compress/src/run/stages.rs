@@ -1,6 +1,7 @@
 //! The five stages of one run.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use calib::corpus::{Corpus, Tokenizer};
@@ -15,11 +16,13 @@ use calib::{Model, Weights};
 use super::folder::{Folder, Stage, remove};
 use crate::allocate::Allocate;
 use crate::allocate::sensitivity::Table;
+use crate::objective::{Backwards, TokenWeight, TokenWeights};
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
 use crate::report::{Balance, Calibration, Cost, ModelRow, OutputRow, Report, markdown_report};
+use crate::solved::Refit;
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result, apply};
@@ -145,9 +148,11 @@ impl<'a> Work<'a> {
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
         let layers = pass::run(&pass, self.device)?.layers;
-        let Some(survey) = survey else { return Ok(()) };
-        survey.run(samples, self.device, progress)?;
-        survey.finish(layers, samples.hash())
+        let weights = TokenWeights::new(self.folder.dir(), fingerprint, &samples.hash());
+        let asked = self.recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
+        let backwards = Backwards { survey: survey.as_ref(), weights: asked.then_some(&weights) };
+        backwards.run(self.model, samples, self.folder.dir(), self.device, progress)?;
+        survey.map_or(Ok(()), |survey| survey.finish(layers, samples.hash()))
     }
 
     /// The quantizer and the budget, where widths are shared out.
@@ -170,6 +175,15 @@ impl<'a> Work<'a> {
         write_whole(&self.folder.path("plan.json"), text.as_bytes())
     }
 
+    /// The routers that were fitted, by layer.
+    fn routers(&self) -> Result<BTreeMap<usize, Refit>> {
+        let path = self.folder.path("routers.json");
+        if !path.is_file() {
+            return Ok(BTreeMap::new());
+        }
+        serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path, source })
+    }
+
     fn read_plan(&self) -> Result<Plan> {
         plan::read(&self.folder.path("plan.json"))
     }
@@ -177,8 +191,12 @@ impl<'a> Work<'a> {
     fn apply(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
         let samples = self.samples(progress)?.map(|samples| samples.ids.as_slice());
-        apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
-        Ok(())
+        let outcome = apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
+        if outcome.routers.is_empty() {
+            return Ok(());
+        }
+        let text = serde_json::to_string_pretty(&outcome.routers).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.folder.path("routers.json"), text.as_bytes())
     }
 
     fn export(&self, progress: &dyn Progress) -> Result<()> {
@@ -227,8 +245,9 @@ impl<'a> Work<'a> {
             fingerprint: self.shape.fingerprint.clone(),
             bytes: weight_bytes(dir)?,
         };
-        let calibration = self.calibration()?;
-        let report = Report { schema: 1, model, calibration, bits_per_weight: plan.bits_per_weight(), plan, outputs, evaluation };
+        let (calibration, routers) = (self.calibration()?, self.routers()?);
+        let bits_per_weight = plan.bits_per_weight();
+        let report = Report { schema: 1, model, calibration, bits_per_weight, plan, outputs, routers, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())
