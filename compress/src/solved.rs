@@ -23,7 +23,7 @@ use crate::{Error, Result};
 const SCHEMA: u32 = 1;
 
 /// Bytes set aside for one matrix's report.
-const REPORT_BYTES: usize = 256;
+const REPORT_BYTES: usize = 512;
 
 /// The solver's account of one matrix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,6 +34,21 @@ pub struct Report {
     /// What GPTQ says of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub solved: Option<Account>,
+    /// What learned refinement says of its layer; `solved` is then what the codes cost that it started from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<Judged>,
+}
+
+/// How learned refinement changed a layer, by calibration samples that no step saw.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Judged {
+    /// Mean squared error of the layer's output before.
+    pub before: f64,
+    /// With the codes that were kept; never above `before`.
+    pub after: f64,
+    /// The step that they are from; 0: those before.
+    pub step: u32,
 }
 
 /// What a solver says of one matrix that it solved against tokens.
@@ -74,6 +89,8 @@ pub enum By {
     GptqKeptRtn,
     /// GPTQ's codes after a descent.
     GptqDescent,
+    /// Learned from GPTQ's codes, with or without a descent between.
+    GptqLearned,
     /// Rounded, because behind compressed layers no token reached its expert any more.
     RtnUnreached,
 }

@@ -255,7 +255,7 @@ impl<B: Backend> DecoderLayer<B> {
     }
 
     /// The second half: `x += mlp(norm(x))`.
-    fn feed_forward(&self, context: &Context<'_, B>, residual: &mut [Tensor<B, 2>]) -> Result<()> {
+    pub(crate) fn feed_forward(&self, context: &Context<'_, B>, residual: &mut [Tensor<B, 2>]) -> Result<()> {
         let mut normed = Vec::with_capacity(residual.len());
         let task = |x: &Tensor<B, 2>| Ok(self.post_norm.apply(x.clone()));
         in_blocks(context.options.in_flight, residual.iter(), task, |x| {

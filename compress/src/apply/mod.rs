@@ -17,6 +17,7 @@
 //! 621 MiB of anonymous memory; its experts alone are 1.2 GB in bf16.
 
 mod aim;
+mod learned;
 mod output;
 mod sequential;
 #[cfg(test)]
@@ -43,7 +44,7 @@ pub(crate) use tokens::boxed;
 use crate::objective::TokenWeights;
 use crate::plan::{Action, Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
-use crate::quantize::{Quantizer, hqq};
+use crate::quantize::{Quantizer, Refine, hqq};
 use crate::repair::Order;
 use crate::solved::{By, LayerFile, Refit, Report, Solved};
 use crate::{Error, Result};
@@ -147,13 +148,29 @@ impl Run<'_> {
         }
         let file = self.solved.create(layer, &declared(jobs), None)?;
         round(self.model, self.plan, jobs, &file)?;
+        let waiting = self.waiting();
+        let inputs = waiting.as_ref().map(|_| hidden.to_vec());
         let solver = tokens::Solver::new(self.model, self.plan, (layer, jobs), &file, &self.weights)?;
+        let solver = solver.map(|solver| solver.handing(waiting.as_ref().map(|(waiting, _)| waiting)));
         let tap: &dyn Tap<B> = match &solver {
             Some(solver) => solver,
             None => &NoTap,
         };
         decoder_layer(self.model, layer, hidden, tap, options)?;
+        drop(solver);
+        if let (Some((waiting, params)), Some(inputs)) = (waiting, inputs) {
+            let at = learned::Layer { model: self.model, rest: self.model, layer, inputs: &inputs, targets: hidden };
+            waiting.finish(&at, params, &file)?;
+        }
         file.finish()
+    }
+
+    /// Where a layer's solved matrices wait to be learned from, if they are to be.
+    fn waiting(&self) -> Option<(learned::Waiting, &learned::Params)> {
+        match &self.plan.refine {
+            Some(Refine::Learned(params)) => Some((learned::Waiting::default(), params)),
+            Some(Refine::Descent(_)) | None => None,
+        }
     }
 }
 
@@ -173,7 +190,7 @@ fn round(model: &Model, plan: &Plan, jobs: &[Job<'_>], file: &LayerFile) -> Resu
                 (Some(Quantizer::Hqq(_)), Who::Planned) => (hqq::hqq(w.view(), &width)?, By::Hqq),
                 _ => (rtn(w.view(), &width, &params)?, By::Rtn),
             };
-            file.put(job.name, &matrix, &Report { by, solved: None })
+            file.put(job.name, &matrix, &Report { by, solved: None, learned: None })
         })?;
     }
     Ok(())

@@ -22,6 +22,7 @@ use calib::{Model, Weights};
 use ndarray::{Array1, Array2, ArrayView2};
 
 use super::aim::{Choices, Original, overlap};
+use super::learned::{Layer, Waiting};
 use super::work::Job;
 use super::{Run, declared, output, round, tokens};
 use crate::plan::{Action, Plan};
@@ -138,7 +139,8 @@ impl<B: Backend> Beside<B> {
 impl Run<'_> {
     /// The original model's hidden states, where something aims at them.
     pub(super) fn beside<B: Backend>(&self, device: &B::Device) -> Result<Option<Beside<B>>> {
-        let wanted = self.plan.repair.propagate.is_some() || self.plan.repair.router_repair.is_some();
+        let repair = &self.plan.repair;
+        let wanted = repair.propagate.is_some() || repair.router_repair.is_some() || self.waiting().is_some();
         wanted.then(|| Beside::open(self, device)).transpose()
     }
 
@@ -159,7 +161,12 @@ impl Run<'_> {
         round(self.model, self.plan, jobs, &file)?;
         let mut beside = beside;
         let original = beside.as_mut().map(|beside| beside.run(self, layer)).transpose()?;
-        self.solve_layer(layer, hidden, (&file, router), original.as_ref())?;
+        let waiting = self.waiting();
+        let rest = self.solve_layer(layer, hidden, (&file, router), (original.as_ref(), waiting.as_ref().map(|(waiting, _)| waiting)))?;
+        if let (Some((waiting, params)), Some(beside)) = (waiting, &beside) {
+            let at = Layer { model: self.model, rest: &rest, layer, inputs: hidden, targets: &beside.hidden };
+            waiting.finish(&at, params, &file)?;
+        }
         file.finish()?;
         self.carry_on(layer, hidden)?;
         beside.map_or(Ok(()), |beside| beside.save(layers))
@@ -177,20 +184,20 @@ impl Run<'_> {
         matches!(self.plan.tensors.get(name), Some(Action::Refit)).then(|| (name.to_owned(), [moe.experts, self.model.spec().hidden]))
     }
 
-    /// Attention, then the router, then what stands behind it.
+    /// Attention, then the router, then what stands behind it; gives the layer with its attention compressed and its router fitted.
     fn solve_layer<B: Backend>(
         &self,
         layer: usize,
         hidden: &[Tensor<B, 3>],
         (file, router): (&LayerFile, Option<(String, [usize; 2])>),
-        original: Option<&Original>,
-    ) -> Result<()> {
+        (original, waiting): (Option<&Original>, Option<&Waiting>),
+    ) -> Result<Overlay<'_>> {
         let options = Options::of::<B>();
         let (attention, rest): (Vec<Job<'_>>, Vec<Job<'_>>) = self.layers[layer].iter().cloned().partition(Job::is_attention);
         let aim = original.filter(|_| self.plan.repair.propagate.is_some());
         let mut overlay = Overlay { model: self.model, replaced: BTreeMap::new() };
         if let Some(solver) = tokens::Solver::new(self.model, self.plan, (layer, &attention), file, &self.weights)? {
-            let solver = solver.aiming(aim).keeping();
+            let solver = solver.aiming(aim).keeping().handing(waiting);
             attention_alone(self.model, layer, hidden, &solver, options)?;
             overlay.replaced = solver.into_kept();
         }
@@ -199,9 +206,9 @@ impl Run<'_> {
             _ => None,
         };
         let solver = tokens::Solver::new(self.model, self.plan, (layer, &rest), file, &self.weights)?;
-        let solver = solver.map(|solver| solver.aiming(aim));
+        let solver = solver.map(|solver| solver.aiming(aim).handing(waiting));
         if solver.is_none() && fitted.is_none() {
-            return Ok(());
+            return Ok(overlay);
         }
         let seen = Choices::over(solver.as_ref());
         let mut copy = hidden.to_vec();
@@ -211,7 +218,7 @@ impl Run<'_> {
             let tokens = hidden.iter().map(|x| (x.dims()[0] * x.dims()[1]) as u64).sum();
             file.put_router(&name, &values, &Refit { tokens, overlap_before: before, overlap_after })?;
         }
-        Ok(())
+        Ok(overlay)
     }
 
     /// Fits the layer's router to what enters the experts behind compressed attention, and puts it into `overlay`.

@@ -1,5 +1,6 @@
 //! Whole ways through `solve` and `write` on the tiny checkpoints of every family.
 
+mod learned;
 mod objective;
 mod sequential;
 

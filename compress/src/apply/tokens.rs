@@ -18,6 +18,7 @@ use kernels::Group;
 use ndarray::{Array2, ArrayView2};
 
 use super::aim::Original;
+use super::learned::Waiting;
 use super::work::Job;
 use crate::objective::{Rows, TokenWeights};
 use crate::plan::Plan;
@@ -48,6 +49,8 @@ pub struct Solver<'a> {
     crosses: Mutex<HashMap<Site, Cross>>,
     /// What was solved, dequantized, where it is wanted.
     kept: Option<Mutex<BTreeMap<Role, Array2<f32>>>>,
+    /// Where matrices wait that are to be learned from.
+    waiting: Option<&'a Waiting>,
 }
 
 /// The cross moment of one site.
@@ -91,12 +94,18 @@ impl<'a> Solver<'a> {
             aim: None,
             crosses: Mutex::default(),
             kept: None,
+            waiting: None,
         }))
     }
 
     /// Aims at the original model's outputs.
     pub fn aiming(self, aim: Option<&'a Original>) -> Self {
         Self { aim, ..self }
+    }
+
+    /// Hands what is solved on to be learned from, instead of writing it.
+    pub fn handing(self, waiting: Option<&'a Waiting>) -> Self {
+        Self { waiting, ..self }
     }
 
     /// Keeps what is solved, dequantized.
@@ -142,15 +151,18 @@ impl<'a> Solver<'a> {
             }
             let mut solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
             let mut by = if solved.kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
-            if let Some(Refine::Descent(params)) = self.refine {
-                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), params)?;
+            if let Some(params) = self.refine.and_then(Refine::descent) {
+                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), &params)?;
                 (solved.matrix, solved.loss, by) = (descended.matrix, descended.after, By::GptqDescent);
             }
             if let Some(kept) = &self.kept {
                 kept.lock().unwrap_or_else(PoisonError::into_inner).insert(job.role, solved.matrix.dequantize());
             }
             let account = Account { loss: solved.loss, damping: solved.damping, dead_channels: solved.dead_channels };
-            self.file.put(job.name, &solved.matrix, &Report { by, solved: Some(account) })?;
+            match (self.waiting, job.role) {
+                (Some(waiting), Role::Layer(_, part)) => waiting.put(part, job.name, solved.matrix, account),
+                _ => self.file.put(job.name, &solved.matrix, &Report { by, solved: Some(account), learned: None })?,
+            }
         }
         Ok(())
     }
@@ -165,7 +177,7 @@ impl Solver<'_> {
         }
         for job in jobs {
             let matrix = rtn(self.model.matrix(job.role)?.view(), &job.how.width(), &rtn::Params { clips: self.params.clips })?;
-            self.file.put(job.name, &matrix, &Report { by: By::RtnUnreached, solved: None })?;
+            self.file.put(job.name, &matrix, &Report { by: By::RtnUnreached, solved: None, learned: None })?;
         }
         Ok(())
     }

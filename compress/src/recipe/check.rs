@@ -12,7 +12,7 @@ use super::{Loaded, Problem, Recipe, SCHEMA, Source};
 use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
 use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
-use crate::quantize::{Grid, Quantizer};
+use crate::quantize::{Grid, Quantizer, Refine, learned};
 use crate::repair::Order;
 
 /// What is wrong with a recipe whatever the model.
@@ -55,6 +55,9 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         let message = "there is nothing to refine against: the quantizer sees no tokens".to_owned();
         found.push(source.problem("refine", message, Some("name [quantize.gptq], or leave refine out".into())));
     }
+    if let Some(Refine::Learned(params)) = &recipe.refine {
+        found.extend(check_learned(params, recipe.calibrate.as_ref().map_or(0, |calibrate| calibrate.samples), source));
+    }
     found.extend(check_repair(recipe, source));
     found.extend(check_through(recipe, source));
     if let Some(objective) = &recipe.objective {
@@ -82,6 +85,35 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     {
         let help = "use allocate.grid = \"asym\", or \"offset\" with [export.dense] alone";
         found.push(source.problem("allocate", "hqq fits zero points, and this grid stores none".into(), Some(help.into())));
+    }
+    found
+}
+
+/// Learned refinement that cannot learn.
+fn check_learned(params: &learned::Params, samples: usize, source: &Source) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let mut add = |key: &str, message: String, help: &str| {
+        found.push(source.problem(&format!("refine.learned.{key}"), message, Some(help.to_owned())));
+    };
+    for (key, value) in [("rate", params.rate), ("scale_rate", params.scale_rate)] {
+        if !(value.is_finite() && value >= 0.0) {
+            add(key, format!("a rate of {value} leads nowhere"), "choose one from 0 up, such as 0.01");
+        }
+    }
+    if !(0.0..0.5).contains(&params.spread) {
+        add("spread", format!("{} reaches out of the code", params.spread), "choose one from 0 to 0.49");
+    }
+    if params.samples == 0 {
+        add("samples", "a step of no samples has no gradient".into(), "take some, such as 4");
+    }
+    if params.held_out == 0 {
+        add("held_out", "nothing is held out to judge steps by".into(), "hold out some samples, such as 8");
+    } else if samples > 0 && samples <= params.held_out {
+        let message = format!("{} of {samples} calibration samples are held out, and none is left to learn from", params.held_out);
+        add("held_out", message, "hold out fewer, or raise calibrate.samples");
+    }
+    if params.judged == 0 {
+        add("judged", "no step is ever judged".into(), "judge some, such as 10");
     }
     found
 }
