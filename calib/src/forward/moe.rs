@@ -2,6 +2,8 @@
 
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation::sigmoid, activation::silu, backend::Backend};
 
+use ndarray::Array2;
+
 use super::adjoint::SiteRows;
 use super::layer::{Context, Experts};
 use super::linear::{Linear, Source, check};
@@ -210,6 +212,8 @@ impl<B: Backend> MoeBlock<B> {
         if context.tap.wants_blocks() {
             context.show_all("moe.in", normed)?;
         }
+        let given: Vec<u64> = loads.iter().map(|load| load.tokens.len() as u64).collect();
+        context.tap.entered(context.layer, normed, &given)?;
         Ok(loads)
     }
 
@@ -402,6 +406,24 @@ fn index<B: Backend>(rows: &[i32], device: &B::Device) -> Tensor<B, 1, Int> {
 pub(crate) fn gather<B: Backend>(batches: &[Tensor<B, 2>], pieces: &[Piece], device: &B::Device) -> Tensor<B, 2> {
     let mut parts: Vec<_> = pieces.iter().map(|piece| batches[piece.batch].clone().select(0, index(&piece.rows, device))).collect();
     if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 0) }
+}
+
+/// At most `most` rows of the batches, spread evenly over all of them, `[rows, hidden]`.
+///
+/// # Errors
+///
+/// As [`values`].
+pub fn spread<B: Backend>(batches: &[Tensor<B, 2>], most: usize) -> Result<Array2<f32>> {
+    let all: usize = batches.iter().map(|x| x.dims()[0]).sum();
+    let width = batches.first().map_or(0, |x| x.dims()[1]);
+    let count = all.min(most);
+    let tokens: Vec<u32> = (0..count).map(|i| (i * all / count) as u32).collect();
+    let mut rows = Vec::with_capacity(count * width);
+    for piece in pieces(&tokens, &starts(batches)) {
+        let batch = &batches[piece.batch];
+        rows.extend(values(batch.clone().select(0, index(&piece.rows, &batch.device())), "what enters the experts")?);
+    }
+    Array2::from_shape_vec((count, width), rows).map_err(|e| Error::Device { what: "what enters the experts", message: e.to_string() })
 }
 
 /// Adds an expert's output to the rows that it belongs to.

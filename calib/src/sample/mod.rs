@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Fingerprint;
 use crate::corpus::{Corpus, Source, Text};
+use crate::stats::Undercalibrated;
 use crate::{Error, Result};
 
 pub use write::Writing;
@@ -59,6 +60,9 @@ pub struct Calibrate {
     /// without it. It reads every expert a second time and holds the layer's experts' outputs for so many tokens.
     #[serde(default)]
     pub similarity_tokens: usize,
+    /// What becomes of an expert that too few tokens reached.
+    #[serde(default)]
+    pub undercalibrated: Undercalibrated,
 }
 
 impl Calibrate {
@@ -66,7 +70,8 @@ impl Calibrate {
     pub fn over(corpus: Vec<PathBuf>) -> Self {
         let (corpus, sampler) = (corpus.into_iter().map(Source::from).collect(), Sampler::default());
         let (samples, tokens, pack, experts) = (samples(), tokens(), pack(), Through::default());
-        Self { corpus, samples, tokens, pack, seed: 0, sampler, experts, traces: false, similarity_tokens: 0 }
+        let undercalibrated = Undercalibrated::default();
+        Self { corpus, samples, tokens, pack, seed: 0, sampler, experts, traces: false, similarity_tokens: 0, undercalibrated }
     }
 }
 

@@ -16,6 +16,9 @@ use crate::arch::Site;
 use crate::sample::{Drawn, Through};
 use crate::{Error, Result};
 
+/// The version of [`Manifest::schema`] that is written.
+pub(crate) const SCHEMA: u32 = 1;
+
 /// What the statistics of a folder are of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -6,6 +6,8 @@ use calib::device::DeviceChoice;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::allocate::Size;
+
 /// Compresses Mixture-of-Experts checkpoints after training.
 ///
 /// A recipe (TOML) says which model, what is done to it and where the result goes; `run` does all of it.
@@ -72,6 +74,9 @@ pub(super) enum Command {
     Eval(EvalArgs),
     /// Show an importance matrix of llama.cpp, or write one from the statistics of a calibration
     Imatrix(ImatrixArgs),
+    /// Add up or show statistics of calibration passes
+    #[command(subcommand)]
+    Stats(StatsCommand),
     /// Print the JSON schema of a recipe
     Schema,
     /// Print a completion script
@@ -104,8 +109,16 @@ pub(super) struct StageArgs {
     /// Start over: discard what an earlier run left in the output directory
     #[arg(long)]
     pub force: bool,
+    /// Most memory to hold, such as 8GiB: fewer batches and experts are in flight if need be; the result does not depend on it
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory: Option<Size>,
     #[command(flatten)]
     pub format: Json,
+}
+
+/// A size with its unit.
+fn size(text: &str) -> Result<Size, String> {
+    Size::parse(text).ok_or_else(|| "write a number and a unit, such as 8GiB".to_owned())
 }
 
 #[derive(Debug, Args)]
@@ -157,6 +170,38 @@ pub(super) struct ImatrixArgs {
     /// Write it in the GGUF form, for llama-quantize --imatrix
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StatsCommand {
+    /// Add up the statistics of several passes over different samples of one model
+    Merge(MergeArgs),
+    /// Show which experts saw how many tokens: a heat map, imbalance, dead and starved experts, by layer and domain
+    Show(ShowArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MergeArgs {
+    /// Folders of statistics, or output directories that hold them
+    #[arg(required = true, num_args = 2.., value_name = "DIR")]
+    pub from: Vec<PathBuf>,
+    /// Where the sum goes: an empty or new directory
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ShowArgs {
+    /// A folder of statistics, or an output directory that holds one
+    pub dir: PathBuf,
+    /// Also write the heat map as SVG
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print a line a layer, expert and domain, as CSV
+    #[arg(long, conflicts_with = "json")]
+    pub csv: bool,
     #[command(flatten)]
     pub format: Json,
 }

@@ -17,6 +17,7 @@ use super::args::{Cli, Command, EvalArgs, Global, InspectArgs, RecipeArgs, Round
 use super::console::Console;
 use super::imatrix;
 use super::inspect::{self, Detail};
+use super::stats::stats;
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Shape};
 use crate::recipe::{self, Loaded};
@@ -38,6 +39,7 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
         Command::Imatrix(args) => imatrix::run(args),
+        Command::Stats(command) => stats(command),
         Command::Schema => Ok(recipe::schema().map_err(std::io::Error::from)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -75,7 +77,7 @@ fn check(args: &RecipeArgs) -> Result<String> {
 fn stages(args: &StageArgs, until: Stage, global: &Global, console: &Console) -> Result<String> {
     let loaded = load(&args.recipe)?;
     let earlier = if args.force { Earlier::Discard } else { Earlier::Resume };
-    let options = Options { until, earlier, device: global.device.open()? };
+    let options = Options { until, earlier, device: global.device.open()?, memory: args.memory.map(|size| size.0) };
     let finished = run::run(&loaded, &options, console.progress().as_ref())?;
     let dir = finished.out.join("moepress");
     let text = match until {

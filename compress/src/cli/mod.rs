@@ -10,6 +10,7 @@ mod error;
 mod imatrix;
 mod inspect;
 mod progress;
+mod stats;
 
 use std::io::Write;
 use std::process::ExitCode;

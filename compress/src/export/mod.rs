@@ -290,8 +290,13 @@ fn fill(contents: &Contents<'_>, format: &dyn Format, stage: &Path, progress: &d
     writer.finish()?;
     for file in &contents.files {
         let Some(name) = file.file_name() else { continue };
+        let folder = match file.parent().and_then(Path::file_name) {
+            Some(folder) if folder == checkpoint::TEMPLATES => stage.join(folder),
+            _ => stage.to_owned(),
+        };
+        fs_err::create_dir_all(&folder)?;
         // Not copied: a read-only source would make a read-only output.
-        fs_err::write(stage.join(name), fs_err::read(file)?)?;
+        fs_err::write(folder.join(name), fs_err::read(file)?)?;
     }
     fs_err::write(stage.join("config.json"), format.config(contents)?)?;
     progress.finish();

@@ -34,11 +34,17 @@ pub enum ExpertRounding {
 ///
 /// # Errors
 ///
-/// Whatever opening a checkpoint brings up; [`Error::Packed`] if it is compressed in a way that cannot be read.
+/// Whatever opening a checkpoint brings up; [`Error::Packed`] if it is compressed in a way that cannot be read, or if experts are to be
+/// rounded that are not packed.
 pub fn open(dir: &Path, rounding: ExpertRounding) -> Result<Box<dyn Weights>> {
     let checkpoint = Checkpoint::open(dir)?;
     if is_packed(checkpoint.config()) {
         return Ok(Box::new(Packed::new(checkpoint, rounding)?));
+    }
+    if rounding != ExpertRounding::None {
+        let what = "its experts are not packed, so there is nothing that rounding after dequantization would change; leave out \
+                    --round-experts";
+        return Err(Error::Packed { dir: dir.to_owned(), what: what.to_owned() });
     }
     Ok(Box::new(Model::from_checkpoint(checkpoint)?))
 }

@@ -239,6 +239,11 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
                 );
             }
             found_of_sampler(calibrate, &mut add);
+            let rule = calibrate.undercalibrated;
+            if !(rule.threshold().is_finite() && rule.threshold() >= 0.0) {
+                let share = rule.threshold();
+                add("calibrate.undercalibrated", format!("{share} tokens an input are no threshold; ask for 0 or more, such as 0.5"));
+            }
             if calibrate.tokens < 2 {
                 add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
             }
@@ -414,17 +419,18 @@ mod tests {
 
     #[test]
     fn every_problem_of_value_is_found_at_once() {
-        let text = "schema = 2\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\", \"no.txt\", \"c.md\"]\nsamples = 1\n[quantize.gptq]\n[allocate]\nbits = 9\nbytes = \"1GB\"\n[evaluate]\ntext = []\nmax_tokens = 3\n";
+        let text = "schema = 2\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\", \"no.txt\", \"c.md\"]\nsamples = 1\nundercalibrated = { rtn = { tokens_per_input = -1 } }\n[quantize.gptq]\n[allocate]\nbits = 9\nbytes = \"1GB\"\n[evaluate]\ntext = []\nmax_tokens = 3\n";
         let said = said(text, None);
         let expected = [
             "r.toml:1:10: schema 2 is not known; this program reads schema 1",
             "r.toml:4:20: there is no text no.txt",
             "r.toml:4:30: c.md is neither a .txt, a .jsonl nor a .parquet file",
             "r.toml:5:11: calibrate.samples = 1 cannot be shared out over 3 texts; ask for at least one each",
-            "r.toml:7:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
-            "r.toml:8:8: 9 bits cannot be exported; choose 2 to 8",
-            "r.toml:11:8: evaluate.text names no text",
-            "r.toml:12:14: 3 tokens are less than one window of 512",
+            "r.toml:6:1: -1 tokens an input are no threshold; ask for 0 or more, such as 0.5",
+            "r.toml:8:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
+            "r.toml:9:8: 9 bits cannot be exported; choose 2 to 8",
+            "r.toml:12:8: evaluate.text names no text",
+            "r.toml:13:14: 3 tokens are less than one window of 512",
             "r.toml: there is no `model`; name it in the recipe or with --model DIR",
             "r.toml: no format is asked for; add [export.compressed_tensors] or [export.dense]",
         ];

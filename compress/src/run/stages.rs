@@ -143,7 +143,7 @@ impl<'a> Work<'a> {
         let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, self.shape)).unwrap_or_default();
         let survey = mixed.map(|(quantizer, allocate)| {
             let what = (allocate.cost, allocate.fill, allocate.options());
-            Survey::new(self.model, quantizer, &matrices, what, tokens, self.folder.dir())
+            Survey::new(self.model, quantizer, &matrices, what, (tokens, asked.undercalibrated), self.folder.dir())
         });
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
@@ -246,8 +246,9 @@ impl<'a> Work<'a> {
             bytes: weight_bytes(dir)?,
         };
         let (calibration, routers) = (self.calibration()?, self.routers()?);
+        let evaluated = evaluation.is_some().then(|| outputs.first().map(|output| output.format.clone())).flatten();
         let bits_per_weight = plan.bits_per_weight();
-        let report = Report { schema: 1, model, calibration, bits_per_weight, plan, outputs, routers, evaluation };
+        let report = Report { schema: 1, model, calibration, bits_per_weight, plan, outputs, evaluated, routers, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())
