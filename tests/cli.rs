@@ -31,7 +31,7 @@ bits = 4
 #[test]
 fn help_pages() {
     let place = Place::new();
-    for command in ["inspect", "check", "run", "calibrate", "plan", "apply", "eval", "imatrix", "schema", "completions"] {
+    for command in ["inspect", "check", "run", "calibrate", "plan", "apply", "eval", "imatrix", "emit", "schema", "completions"] {
         snapshot!(format!("help-{command}"), place.said(&[command, "--help"]));
     }
     snapshot!("help-stats-merge", place.said(&["stats", "merge", "--help"]));

@@ -261,7 +261,7 @@ pub enum Error {
     },
 
     /// No format was asked for.
-    #[error("the recipe names no export; add [export.compressed_tensors] or [export.dense]")]
+    #[error("the recipe names no export; add [export.compressed_tensors], [export.native] or [export.dense]")]
     NoExport,
 
     /// Matrices that a format cannot hold.

@@ -1,5 +1,7 @@
 //! The second half of a decoder layer: a gated MLP, or routed experts with an optional shared one.
 
+use std::sync::Arc;
+
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation::sigmoid, activation::silu, backend::Backend};
 
 use ndarray::Array2;
@@ -11,7 +13,7 @@ use super::parallel::{in_blocks, on_cpu, together};
 use super::router::{At, route};
 use super::tap::{Routed, Routing};
 use crate::arch::{Moe, Part, Projection, Role, Shared, Site};
-use crate::{Error, Result};
+use crate::{Applied, Error, Result};
 
 /// Most rows of one expert that are run at once.
 pub(crate) const CHUNK: usize = 8192;
@@ -129,7 +131,50 @@ pub(crate) struct MoeBlock<B: Backend> {
     pub(crate) correction: Option<Vec<f32>>,
     pub(crate) shared: Option<SharedExpert<B>>,
     /// All routed experts, where they are held.
-    resident: Option<Vec<GatedMlp<B>>>,
+    resident: Option<Vec<Routable<B>>>,
+}
+
+/// A routed expert, ready to run.
+#[derive(Clone, Debug)]
+enum Routable<B: Backend> {
+    /// Its matrices are multiplied here.
+    Matrices(GatedMlp<B>),
+    /// It multiplies rows itself.
+    Applied(Arc<dyn Applied>),
+}
+
+impl<B: Backend> Routable<B> {
+    fn load(source: &Source<'_, B>, moe: &Moe, index: usize) -> Result<Self> {
+        Ok(match source.weights.applied(source.layer, index)? {
+            Some(applied) => Self::Applied(applied.into()),
+            None => Self::Matrices(expert(source, moe, index)?),
+        })
+    }
+
+    fn gates(&self, x: Tensor<B, 2>) -> Result<[Tensor<B, 2>; 2]> {
+        match self {
+            Self::Matrices(mlp) => Ok(mlp.gates(x)),
+            Self::Applied(applied) => {
+                let (rows, device) = (x.dims()[0], x.device());
+                Ok(applied.gates(&values(x, "expert inputs")?).map(|out| rows_of(out, rows, &device)))
+            }
+        }
+    }
+
+    fn down(&self, x: Tensor<B, 2>) -> Result<Tensor<B, 2>> {
+        match self {
+            Self::Matrices(mlp) => Ok(mlp.down(x)),
+            Self::Applied(applied) => {
+                let (rows, device) = (x.dims()[0], x.device());
+                Ok(rows_of(applied.down(&values(x, "expert activations")?), rows, &device))
+            }
+        }
+    }
+}
+
+fn rows_of<B: Backend>(values: Vec<f32>, rows: usize, device: &B::Device) -> Tensor<B, 2> {
+    let width = values.len() / rows.max(1);
+    Tensor::from_data(TensorData::new(values, [rows, width]), device)
 }
 
 /// An expert that every token passes.
@@ -161,7 +206,7 @@ pub(crate) struct Piece {
 
 impl<B: Backend> MoeBlock<B> {
     pub fn load(source: &Source<'_, B>, moe: &Moe, experts: Experts) -> Result<Self> {
-        let held = || (0..moe.experts).map(|index| expert(source, moe, index)).collect::<Result<_>>();
+        let held = || (0..moe.experts).map(|index| Routable::load(source, moe, index)).collect::<Result<_>>();
         Ok(Self {
             router: source.linear(Part::Router, None, [moe.experts, source.weights.spec().hidden])?,
             correction: moe.router.correction.then(|| correction(source, moe)).transpose()?,
@@ -233,7 +278,7 @@ impl<B: Backend> MoeBlock<B> {
         if every || !load.tokens.is_empty() {
             let mlp = match &self.resident {
                 Some(experts) => experts[expert].clone(),
-                None => self::expert(&context.source(), &self.moe, expert)?,
+                None => Routable::load(&context.source(), &self.moe, expert)?,
             };
             if every {
                 show_every_row(context, normed, starts, (expert, load), &mlp)?;
@@ -243,7 +288,8 @@ impl<B: Backend> MoeBlock<B> {
                 let pieces = pieces(tokens, starts);
                 let x = gather(normed, &pieces, context.device);
                 let routed = Routed { tokens: tokens.to_vec(), weights: weights.to_vec() };
-                let out = mlp.down(if every { activate(mlp.gates(x)) } else { show_rows(context, expert, x, &routed, &mlp)? });
+                let activation = if every { activate(mlp.gates(x)?) } else { show_rows(context, expert, x, &routed, &mlp)? };
+                let out = mlp.down(activation)?;
                 tap.expert_output(context.layer, expert, &out, &routed)?;
                 let weights = Tensor::from_data(TensorData::new(routed.weights, [tokens.len(), 1]), context.device);
                 outputs.push(Output { pieces, rows: out * weights });
@@ -260,13 +306,13 @@ fn show_rows<B: Backend>(
     expert: usize,
     x: Tensor<B, 2>,
     routed: &Routed,
-    mlp: &GatedMlp<B>,
+    mlp: &Routable<B>,
 ) -> Result<Tensor<B, 2>> {
     let (enter, down, tap) = (Site::ExpertIn(expert), Site::ExpertDown(expert), context.tap);
     if tap.wants(context.layer, enter) {
         tap.rows(context.layer, enter, &x, Some(routed))?;
     }
-    let gates = mlp.gates(x);
+    let gates = mlp.gates(x)?;
     if tap.wants_gates() {
         tap.gates(context.layer, down, &gates[0], &gates[1], Some(routed))?;
     }
@@ -283,7 +329,7 @@ fn show_every_row<B: Backend>(
     normed: &[Tensor<B, 2>],
     starts: &[usize],
     (expert, load): (usize, &Load),
-    mlp: &GatedMlp<B>,
+    mlp: &Routable<B>,
 ) -> Result<()> {
     let rows: usize = normed.iter().map(|x| x.dims()[0]).sum();
     let step = rows.div_ceil(context.options.in_flight.max(1)).clamp(1, CHUNK);

@@ -74,6 +74,8 @@ pub(super) enum Command {
     Eval(EvalArgs),
     /// Show an importance matrix of llama.cpp, or write one from the statistics of a calibration
     Imatrix(ImatrixArgs),
+    /// Write the kernels of a native output, for its shapes and widths, into its folder `kernels`
+    Emit(EmitArgs),
     /// Add up or show statistics of calibration passes
     #[command(subcommand)]
     Stats(StatsCommand),
@@ -128,6 +130,14 @@ pub(super) struct InspectArgs {
     /// Also write the checkpoint's headers without its data to this directory
     #[arg(long, value_name = "OUT")]
     pub shape_only: Option<PathBuf>,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EmitArgs {
+    /// The native checkpoint, or the output directory that holds one
+    pub out: PathBuf,
     #[command(flatten)]
     pub format: Json,
 }

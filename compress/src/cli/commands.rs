@@ -13,7 +13,7 @@ use clap::CommandFactory;
 use serde::Serialize;
 use serde_json::json;
 
-use super::args::{Cli, Command, EvalArgs, Global, InspectArgs, RecipeArgs, RoundTo, StageArgs};
+use super::args::{Cli, Command, EmitArgs, EvalArgs, Global, InspectArgs, RecipeArgs, RoundTo, StageArgs};
 use super::console::Console;
 use super::imatrix;
 use super::inspect::{self, Detail};
@@ -39,6 +39,7 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
         Command::Imatrix(args) => imatrix::run(args),
+        Command::Emit(args) => emit(args),
         Command::Stats(command) => stats(command),
         Command::Schema => Ok(recipe::schema().map_err(std::io::Error::from)?),
         Command::Completions { shell } => {
@@ -57,6 +58,18 @@ fn show(args: &InspectArgs, global: &Global) -> Result<String> {
     let detail = if global.verbose > 0 { Detail::EveryTensor } else { Detail::Summary };
     let found = inspect::inspect(&args.model, args.shape_only.as_deref(), detail)?;
     if args.format.json { pretty(&found) } else { Ok(inspect::text(&found)) }
+}
+
+fn emit(args: &EmitArgs) -> Result<String> {
+    let packed::emit::Emitted { dir, files, widths, layers } = packed::emit::emit(&args.out)?;
+    if args.format.json {
+        return pretty(&json!({ "dir": dir, "files": files, "widths": widths, "layers": layers, "compiled": [] }));
+    }
+    let widths = widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+    Ok(format!(
+        "{}: {files} files for {layers} layers at {widths} bits; nothing is compiled yet (moepress_kernels/compile.py does that)\n",
+        dir.display()
+    ))
 }
 
 fn load(args: &RecipeArgs) -> Result<Loaded> {

@@ -36,8 +36,8 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
         (None, None) => add("quantize", "nothing is asked for".into(), "name a quantizer, such as [quantize.gptq], and allocate.bits"),
         (Some(_), Some(_)) => {}
     }
-    if recipe.export.compressed_tensors.is_none() && recipe.export.dense.is_none() {
-        add("export", "no format is asked for".into(), "add [export.compressed_tensors] or [export.dense]");
+    if recipe.export.formats().is_empty() {
+        add("export", "no format is asked for".into(), "add [export.compressed_tensors], [export.native] or [export.dense]");
     }
     found.extend(check_methods(recipe, source));
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
@@ -171,21 +171,21 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
     if let Some(bits) = allocate.bits_per_weight.filter(|bits| !(bits.is_finite() && *bits > 0.0)) {
         add(".bits_per_weight", format!("{bits} bits a weight are no budget"), "ask for some, such as 3.0");
     }
-    let packed = if recipe.export.compressed_tensors.is_some() { Packed::Yes } else { Packed::No };
-    if allocate.file.is_some() && packed == Packed::No {
+    let packed = Packed { compressed_tensors: recipe.export.compressed_tensors.is_some(), native: recipe.export.native.is_some() };
+    if allocate.file.is_some() && !packed.compressed_tensors {
         add(
             ".file",
             "the files of the dense export are of one size whatever the widths".into(),
             "add [export.compressed_tensors], or ask for bits_per_weight",
         );
     }
-    match (allocate.runtime, packed) {
-        (None, Packed::Yes) => {
+    match allocate.runtime {
+        None if packed.compressed_tensors => {
             let message = "several widths, and no word about what is to load them: no two runtimes load the same mixtures".to_owned();
             add("", message, &format!("say allocate.runtime = one of {}", Runtime::MENU));
         }
-        (Some(runtime), packed) => runtime.refusal(packed).into_iter().for_each(|why| add(".runtime", why, "")),
-        (None, Packed::No) => {}
+        Some(runtime) => runtime.refusal(packed).into_iter().for_each(|why| add(".runtime", why, "")),
+        None => {}
     }
     if recipe.calibrate.is_none() {
         add("", "widths are shared out by what they cost on texts, and there is no [calibrate]".into(), "name texts with calibrate.corpus");
@@ -198,7 +198,7 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
         let key = format!(".choices.{i}");
         if !(choice.grid.fewest_bits()..=8).contains(&choice.bits) {
             add(&key, format!("{choice}: there is no such grid"), &format!("choose {} to 8 bits", choice.grid.fewest_bits()));
-        } else if packed == Packed::Yes && !matches!(choice.grid, Grid::Sym | Grid::Asym) {
+        } else if packed.compressed_tensors && !matches!(choice.grid, Grid::Sym | Grid::Asym) {
             add(&key, format!("{choice}: compressed-tensors does not hold it"), "use the grid sym or asym, or [export.dense] alone");
         }
         if options[..i].contains(choice) {
@@ -432,7 +432,7 @@ mod tests {
             "r.toml:12:8: evaluate.text names no text",
             "r.toml:13:14: 3 tokens are less than one window of 512",
             "r.toml: there is no `model`; name it in the recipe or with --model DIR",
-            "r.toml: no format is asked for; add [export.compressed_tensors] or [export.dense]",
+            "r.toml: no format is asked for; add [export.compressed_tensors], [export.native] or [export.dense]",
         ];
         assert_eq!(said, expected);
     }
@@ -474,7 +474,9 @@ mod tests {
         assert_eq!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.dense]"), "");
         assert_eq!(said("bytes = \"1MB\"\nruntime = \"transformers4\"", "[export.compressed_tensors]"), "");
         assert!(said("bits_per_weight = 3", "[export.compressed_tensors]").contains("say allocate.runtime = one of transformers4"));
-        assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("no exporter yet"));
+        assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("add [export.native]"));
+        assert_eq!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.native]"), "");
+        assert!(said("bits_per_weight = 3\nruntime = \"vllm\"", "[export.native]").contains("add [export.compressed_tensors]"));
         assert!(said("bits_per_weight = 3\nruntime = \"gguf\"", "[export.dense]").contains("no exporter yet"));
         assert!(said("file = \"1MB\"", "[export.dense]").contains("of one size whatever the widths"));
         assert!(
