@@ -146,6 +146,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Loaded, Invalid> {
             source.replaced.push(key.into());
         }
     }
+    recipe.hold_to_formats();
     Ok(Loaded { recipe, source })
 }
 
