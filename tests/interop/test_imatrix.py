@@ -10,7 +10,10 @@ import numpy
 import pytest
 import transformers
 
-pytestmark = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="llama.cpp needs no second transformers")
+pytestmark = [
+    pytest.mark.skipif(transformers.__version__.startswith("4."), reason="llama.cpp needs no second transformers"),
+    pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="run with WITH_LLAMACPP=yes to build llama.cpp's tools"),
+]
 
 MODEL = Path(__file__).parents[1] / "models/moe-4m"
 LLAMA = Path(os.environ.get("LLAMA_CPP", "."))
