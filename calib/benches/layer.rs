@@ -230,7 +230,7 @@ fn measured(samples: usize) {
     let model = Random::new();
     let dir = tempfile::tempdir().unwrap();
     let ids = (0..samples).map(|s| (0..TOKENS).map(|t| ((s * 31 + t * t * 7 + t) % VOCAB) as u32).collect()).collect();
-    let samples = Samples { domains: vec!["noise".to_owned()], tokens: TOKENS, ids, domain: vec![0; samples] };
+    let samples = Samples { domains: vec!["noise".to_owned()], tokens: TOKENS, ids, domain: vec![0; samples], ..Default::default() };
     let calibrate = Calibrate::over(vec![]);
     let store = Store::new(dir.path());
     let pass = Pass {

@@ -56,6 +56,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         refine: None,
         repair: Default::default(),
         allocation: None,
+        experts: calib::sample::Through::Routed,
         tensors,
     }
 }
