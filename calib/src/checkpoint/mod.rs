@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::tensor::{self, Dtype};
 use crate::{Error, Result};
 
+mod derived;
 mod fingerprint;
 mod fp8;
 mod header;
@@ -29,6 +30,7 @@ mod shard;
 mod testing;
 mod write;
 
+pub use derived::Derived;
 pub use fingerprint::{Fingerprint, hash_bytes};
 pub use problem::Problem;
 pub use write::{Declared, SHARD_BYTES, Writer, free_bytes, write_shape_only};
@@ -57,6 +59,8 @@ pub struct TensorInfo {
 pub struct Checkpoint {
     dir: PathBuf,
     config: Value,
+    /// config.json as it stands.
+    text: String,
     fingerprint: String,
     shards: Vec<Shard>,
     /// Sorted by name.
@@ -79,8 +83,8 @@ impl Checkpoint {
         if !path.is_file() {
             return Err(Problem::NoConfig.at(dir));
         }
-        let text = fs_err::read(&path)?;
-        let config: Value = serde_json::from_slice(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let text = fs_err::read_to_string(&path)?;
+        let config: Value = serde_json::from_str(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
         if !config.is_object() {
             return Err(Problem::ConfigNotObject.at(&path));
         }
@@ -91,8 +95,8 @@ impl Checkpoint {
         }
         one_kind(&shards).map_err(|problem| problem.at(dir))?;
         let files = index::file_names(dir)?.into_iter().filter(|name| carried(name)).map(|name| dir.join(name)).collect();
-        let fingerprint = fingerprint::of_checkpoint(&text, &shards);
-        let checkpoint = Self { dir: dir.to_owned(), config, fingerprint, tensors: infos(&shards), shards, files };
+        let fingerprint = fingerprint::of_checkpoint(text.as_bytes(), &shards);
+        let checkpoint = Self { dir: dir.to_owned(), config, text, fingerprint, tensors: infos(&shards), shards, files };
         fp8::check(&checkpoint).map_err(|problem| problem.at(dir))?;
         Ok(checkpoint)
     }
@@ -107,6 +111,12 @@ impl Checkpoint {
     #[must_use]
     pub fn config(&self) -> &Value {
         &self.config
+    }
+
+    /// config.json as it stands, byte for byte.
+    #[must_use]
+    pub fn config_text(&self) -> &str {
+        &self.text
     }
 
     /// Every stored tensor, sorted by name.

@@ -50,6 +50,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         quantizer: Some(quantizer),
         refine: None,
         allocation: None,
+        experts: None,
         tensors,
     }
 }

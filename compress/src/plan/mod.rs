@@ -2,6 +2,7 @@
 //!
 //! `plan.json` holds no time stamp and no absolute path, and its keys are sorted: the same inputs give the same bytes.
 
+pub mod experts;
 mod shape;
 mod summary;
 mod widths;
@@ -18,6 +19,7 @@ use crate::quantize::{self, Grid, Quantizer, Refine};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
+pub use experts::{Experts, Fate, Repaired};
 pub use shape::{Measured, Seen, Shape, Tensor};
 pub use summary::Summary;
 use widths::Widths;
@@ -44,6 +46,9 @@ pub struct Plan {
     /// How a program shared out the widths, where one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Account>,
+    /// What becomes of the routed experts, where any go; `model` and `tensors` are then those of the reduced model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<Experts>,
     /// One entry for every tensor of the checkpoint (FP8 companions folded away), by name.
     pub tensors: BTreeMap<String, Action>,
 }
@@ -131,6 +136,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
         refine: recipe.refine.clone(),
         allocation: widths.and_then(|w| w.account),
+        experts: None,
         quantizer,
     })
 }

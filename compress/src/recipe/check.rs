@@ -1,5 +1,7 @@
 //! Every problem of value at once, before any hour is spent.
 
+mod experts;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +11,8 @@ use super::{Loaded, Problem, Recipe, SCHEMA, Source};
 use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
 use crate::plan::{Shape, Tensor, matrices};
 use crate::quantize::{Grid, Quantizer};
+
+pub use experts::check_experts;
 
 /// What is wrong with a recipe whatever the model.
 pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
@@ -28,13 +32,16 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
     match (&recipe.quantize, &recipe.allocate) {
         (Some(_), None) => add("quantize", "there is a quantizer but no [allocate]".into(), "say how many bits, such as allocate.bits = 4"),
         (None, Some(_)) => add("allocate", "there are widths but no quantizer".into(), "name one, such as [quantize.gptq]"),
-        (None, None) => add("quantize", "nothing is asked for".into(), "name a quantizer, such as [quantize.gptq], and allocate.bits"),
-        (Some(_), Some(_)) => {}
+        (None, None) if !recipe.reduces() => {
+            add("quantize", "nothing is asked for".into(), "name a quantizer, such as [quantize.gptq], and allocate.bits");
+        }
+        (None, None) | (Some(_), Some(_)) => {}
     }
     if recipe.export.compressed_tensors.is_none() && recipe.export.dense.is_none() {
         add("export", "no format is asked for".into(), "add [export.compressed_tensors] or [export.dense]");
     }
     found.extend(check_methods(recipe, source));
+    found.extend(experts::check_reduction(recipe, source));
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
     if let Some(allocate) = recipe.allocate.as_ref().filter(|a| a.is_mixed() && a.budgets().len() == 1) {
         found.extend(check_budget(recipe, allocate, source));

@@ -19,9 +19,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::allocate::Allocate;
 use crate::export::Exports;
+use crate::merge::Merger;
+use crate::mtp::Mtp;
+use crate::prune::Pruner;
 use crate::quantize::{Quantizer, Refine};
+use crate::repair::Repair;
 
-pub use check::{check, check_values};
+pub use check::{check, check_experts, check_values};
 pub use invalid::{Invalid, Problem};
 pub use load::{Loaded, Overrides, Source, load};
 pub use schema::schema;
@@ -44,6 +48,15 @@ pub struct Recipe {
     /// The texts that the model is measured on, for quantizers that need it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibrate: Option<Calibrate>,
+    /// Who chooses the routed experts that stay; the others go, before anything else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune: Option<Pruner>,
+    /// Who makes one expert of several, of those that stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<Merger>,
+    /// What is made good afterwards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<Repair>,
     /// The quantizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantizer>,
@@ -59,4 +72,23 @@ pub struct Recipe {
     /// The texts that the result is judged by, before and after.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<Evaluate>,
+}
+
+impl Recipe {
+    /// Whether experts are pruned or merged.
+    pub fn reduces(&self) -> bool {
+        self.prune.is_some() || self.merge.is_some()
+    }
+
+    /// Experts of a layer that are left of `before`.
+    pub fn experts_left(&self, before: usize) -> usize {
+        let kept = self.prune.as_ref().map_or(before, |pruner| pruner.asked().count(before));
+        self.merge.as_ref().map_or(kept, |merger| merger.asked().count(kept))
+    }
+
+    /// What becomes of multi-token-prediction layers.
+    pub fn mtp(&self) -> Option<Mtp> {
+        let pruner = self.prune.as_ref().and_then(|pruner| pruner.asked().mtp);
+        pruner.or_else(|| self.merge.as_ref().and_then(|merger| merger.asked().mtp))
+    }
 }

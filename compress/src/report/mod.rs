@@ -3,6 +3,7 @@
 //! `report.json` and `report.md` hold nothing that depends on the clock or the machine: the same inputs give the same bytes.
 //! What a stage cost stands in its marker, and is shown beside the report.
 
+mod experts;
 mod render;
 mod table;
 mod usage;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::plan::Summary;
 use crate::{Error, Result};
 
+pub use experts::experts;
 pub use render::{coverage, evaluation, markdown_report, plan, text_report};
 pub use table::{bytes, count, markdown, memory, seconds, table};
 pub use usage::{Cost, Meter};
