@@ -12,6 +12,7 @@ mod error;
 pub mod export;
 pub mod merge;
 pub mod mtp;
+pub mod objective;
 pub mod packed;
 pub mod plan;
 pub mod prune;

@@ -43,7 +43,7 @@ exclude = {exclude}
 """
 REDUCTIONS = {
     "pruned": '[prune.easy_ep]\nkeep = 0.5\nmtp = "drop"',
-    "repaired": '[prune.reap]\nkeep = 0.5\nmtp = "drop"\n[repair.router]\nsteps = 20\ntokens = 128',
+    "repaired": '[prune.reap]\nkeep = 0.5\nmtp = "drop"\n[repair.removal]\nsteps = 20\ntokens = 128',
     "merged": '[merge.weighted_mean]\nkeep = 0.5\nmtp = "drop"',
 }
 CASES = [(name, how) for name in NAMES for how in REDUCTIONS if not (how == "merged" and name in GROUPED)]

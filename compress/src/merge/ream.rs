@@ -16,6 +16,7 @@ use crate::mtp::Mtp;
 /// Knobs of the merge.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Ream")]
 pub struct Params {
     /// Share of the experts of a layer that is left; rounded to the nearest number. This or `experts`.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -7,7 +7,7 @@ mod shape;
 mod summary;
 mod widths;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use calib::arch::{Part, Role};
@@ -15,8 +15,10 @@ use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Account, Choice};
+use crate::objective::Objective;
 use crate::quantize::{self, Grid, Quantizer, Refine};
 use crate::recipe::Recipe;
+use crate::repair::Repair;
 use crate::{Error, Result};
 
 pub use experts::{Experts, Fate, Repaired};
@@ -40,9 +42,15 @@ pub struct Plan {
     pub corpus: Option<String>,
     /// The solver of every tensor whose action says `Solver::Planned`.
     pub quantizer: Option<Quantizer>,
+    /// What the error of a token counts, for a quantizer that solves against tokens.
+    #[serde(default)]
+    pub objective: Objective,
     /// What improves the quantizer's codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
+    /// The order in which layers are solved, and what is mended.
+    #[serde(default)]
+    pub repair: Repair,
     /// How a program shared out the widths, where one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Account>,
@@ -59,6 +67,8 @@ pub struct Plan {
 pub enum Action {
     /// Carried over bit for bit (FP8 is converted to bf16, because the output's config no longer says fp8).
     Keep,
+    /// A router that is fitted to its inputs behind compressed layers; its type and its bytes stay.
+    Refit,
     /// Left out of the output.
     Drop {
         /// Why.
@@ -122,11 +132,16 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         _ => None,
     };
     let solved = measured.filter(|_| quantizer.as_ref().is_some_and(Quantizer::needs_calibration));
+    let repair = recipe.repair.clone().unwrap_or_default();
+    let chosen = |tensor: &Tensor| widths.as_ref().is_some_and(|w| w.chosen.contains_key(&tensor.name));
+    let layer = |tensor: &Tensor| tensor.quantizable().map(|(layer, ..)| layer);
+    let touched: BTreeSet<usize> = shape.tensors.iter().filter(|t| chosen(t)).filter_map(layer).collect();
     let action = |tensor: &Tensor| match (tensor.role, widths.as_ref().and_then(|w| w.chosen.get(&tensor.name)), tensor.quantizable()) {
         (Role::Buffer, ..) => {
             Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
         }
         (_, Some(choice), Some((layer, part, _))) => Action::Quantize(quantize(choice, tensor, layer, part, solved)),
+        (Role::Layer(layer, Part::Router), ..) if repair.router_repair.is_some() && touched.contains(&layer) => Action::Refit,
         _ => Action::Keep,
     };
     Ok(Plan {
@@ -134,7 +149,9 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         model: shape.fingerprint.clone(),
         corpus: measured.map(|m| m.corpus.clone()),
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
+        objective: recipe.objective.clone().unwrap_or_default(),
         refine: recipe.refine.clone(),
+        repair: repair.clone(),
         allocation: widths.and_then(|w| w.account),
         experts: None,
         quantizer,

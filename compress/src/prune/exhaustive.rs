@@ -18,6 +18,7 @@ pub const ALL_SETS: usize = 16;
 /// Knobs of the search.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Exhaustive")]
 pub struct Params {
     /// Share of the experts of a layer that stays. This or `experts`.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -50,6 +50,7 @@ pub enum Pruner {
 /// Knobs of a pruner that scores experts by what calibration measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Prune")]
 pub struct Params {
     /// Share of the experts of a layer that stays; rounded to the nearest number. This or `experts`.
     #[serde(skip_serializing_if = "Option::is_none")]

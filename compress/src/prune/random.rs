@@ -10,6 +10,7 @@ use crate::mtp::Mtp;
 /// Knobs of the lot.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Random")]
 pub struct Params {
     /// Share of the experts of a layer that stays. This or `experts`.
     #[serde(skip_serializing_if = "Option::is_none")]

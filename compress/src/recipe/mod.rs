@@ -21,6 +21,7 @@ use crate::allocate::Allocate;
 use crate::export::Exports;
 use crate::merge::Merger;
 use crate::mtp::Mtp;
+use crate::objective::Objective;
 use crate::prune::Pruner;
 use crate::quantize::{Quantizer, Refine};
 use crate::repair::Repair;
@@ -54,15 +55,18 @@ pub struct Recipe {
     /// Who makes one expert of several, of those that stay.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge: Option<Merger>,
-    /// What is made good afterwards.
+    /// What the error of a token counts, for quantizers that solve against calibration tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub repair: Option<Repair>,
+    pub objective: Option<Objective>,
     /// The quantizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantizer>,
     /// What improves the quantizer's codes afterwards; needs a quantizer that solves against calibration tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
+    /// The order in which layers are solved, and what is mended beside the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<Repair>,
     /// How many bits each matrix gets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,

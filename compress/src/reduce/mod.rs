@@ -34,7 +34,7 @@ use crate::merge::Merger;
 use crate::mtp::Mtp;
 use crate::plan::Experts;
 use crate::prune::Pruner;
-use crate::repair::router;
+use crate::repair::removal;
 use crate::tensorfile::{Create, Declared, Element, write_whole};
 use crate::{Error, Result};
 
@@ -53,7 +53,7 @@ pub struct Request<'a> {
     /// Who makes one expert of several, of those that stay.
     pub merger: Option<&'a Merger>,
     /// How routers are fitted afterwards.
-    pub repair: Option<&'a router::Params>,
+    pub repair: Option<&'a removal::Params>,
     /// The calibration samples.
     pub samples: &'a Samples,
     /// Where the model runs.
@@ -104,8 +104,10 @@ pub fn run(request: &Request<'_>) -> Result<Experts> {
         }
     }
     let text = serde_json::to_string_pretty(&experts).map_err(std::io::Error::from)? + "\n";
-    write_whole(&dir.join("experts.json"), text.as_bytes())?;
-    Ok(experts)
+    let path = dir.join("experts.json");
+    write_whole(&path, text.as_bytes())?;
+    // As every later run will see it: the last digit of a number may change on the way.
+    Experts::read(&path)
 }
 
 /// Writes what a layer does not take over; nothing where there is nothing.

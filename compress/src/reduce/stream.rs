@@ -29,7 +29,7 @@ use crate::plan::experts::spec_with;
 use crate::plan::{Experts, Fate, Repaired};
 use crate::prune::exhaustive::{self, Token};
 use crate::prune::{Pruner, UNLIKELY};
-use crate::repair::router;
+use crate::repair::removal;
 use crate::{Error, Result};
 
 /// One pass over the layers.
@@ -197,7 +197,7 @@ impl Pass<'_> {
         fate: &mut Fate,
         own: &mut BTreeMap<calib::arch::Role, Own>,
         (x, y): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
-        params: &router::Params,
+        params: &removal::Params,
     ) -> Result<()> {
         let Some(moe) = spec.moe(layer) else { return Ok(()) };
         let (x, y) = (every(x, params.tokens), every(y, params.tokens));
@@ -206,7 +206,7 @@ impl Pass<'_> {
             let (weights, correction) = reduced.router(layer)?;
             let logits = product(x.view(), weights.t());
             let tokens = candidates(&reduced, layer, moe, &logits, (x.view(), y.view()))?;
-            let fit = router::Fit { moe, router: weights.view(), correction: correction.as_deref(), x: x.view(), tokens: &tokens };
+            let fit = removal::Fit { moe, router: weights.view(), correction: correction.as_deref(), x: x.view(), tokens: &tokens };
             fit.run(params)?
         };
         let (before, after) = (fitted.before, fitted.after);
@@ -252,7 +252,7 @@ fn candidates(
     moe: &Moe,
     logits: &Array2<f32>,
     (x, y): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
-) -> Result<Vec<router::Token>> {
+) -> Result<Vec<removal::Token>> {
     let few = (2 * moe.top_k + 2).min(moe.experts);
     let best = |row: ndarray::ArrayView1<'_, f32>| {
         let mut order: Vec<u32> = (0..moe.experts as u32).collect();
@@ -277,7 +277,7 @@ fn candidates(
         let f = Array2::from_shape_fn((candidates.len(), x.ncols()), |(i, d)| row(&candidates[i])[d]);
         let y = y.row(t);
         let energy = y.iter().map(|&y| f64::from(y).powi(2)).sum();
-        router::Token { gram: product(f.view(), f.t()).into_raw_vec_and_offset().0, along: f.dot(&y).to_vec(), energy, candidates }
+        removal::Token { gram: product(f.view(), f.t()).into_raw_vec_and_offset().0, along: f.dot(&y).to_vec(), energy, candidates }
     };
     Ok(chosen.into_par_iter().enumerate().map(of).collect())
 }

@@ -46,7 +46,7 @@ fn samples(model: &Model) -> Samples {
 struct Wish<'a> {
     pruner: Option<&'a Pruner>,
     merger: Option<&'a Merger>,
-    repair: Option<&'a router::Params>,
+    repair: Option<&'a removal::Params>,
 }
 
 /// Measures and reduces, in a folder.
@@ -199,7 +199,7 @@ fn an_expert_that_stands_there_twice_becomes_one_again() {
 fn a_repaired_router_says_more_of_what_the_whole_block_said() {
     for name in ["qwen3_moe", "deepseek_v3_fp8"] {
         let model = fixture(name);
-        let params = router::Params { tokens: 192, steps: 60, ..router::Params::default() };
+        let params = removal::Params { tokens: 192, steps: 60, ..removal::Params::default() };
         let pruner = Pruner::EasyEp(keep(0.5));
         let (_out, experts, reduced) = reduce(&model, &Wish { pruner: Some(&pruner), repair: Some(&params), ..Wish::default() });
         let repaired: Vec<_> = experts.layers.values().filter_map(|fate| fate.repaired).collect();
@@ -217,7 +217,7 @@ fn the_same_twice_gives_the_same_bytes_whatever_the_threads() {
     let model = fixture("qwen2_moe");
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let params = router::Params { tokens: 100, steps: 20, ..router::Params::default() };
+        let params = removal::Params { tokens: 100, steps: 20, ..removal::Params::default() };
         pool.install(|| bytes(&reduce(&model, &Wish { pruner: Some(&Pruner::Ean(keep(0.5))), repair: Some(&params), ..Wish::default() }).2))
     };
     assert_eq!(run(1), run(3));

@@ -9,7 +9,7 @@ use ndarray::{Array1, Array2};
 
 use crate::merge::{Group, Matrices, Merger, RouterRow, align};
 use crate::plan::Fate;
-use crate::repair::router::Fitted;
+use crate::repair::removal::Fitted;
 use crate::{Error, Result};
 
 /// A tensor that is made anew.

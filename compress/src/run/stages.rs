@@ -1,6 +1,7 @@
 //! The stages of one run.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use calib::corpus::{Corpus, Tokenizer};
@@ -15,6 +16,7 @@ use calib::{Model, Weights};
 use super::folder::{Folder, Stage, remove};
 use crate::allocate::Allocate;
 use crate::allocate::sensitivity::Table;
+use crate::objective::{Backwards, TokenWeight, TokenWeights};
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Experts, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
@@ -22,6 +24,7 @@ use crate::recipe::Recipe;
 use crate::reduce::resample::{self, Sureness};
 use crate::reduce::{self, Request};
 use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
+use crate::solved::Refit;
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result, apply};
@@ -162,9 +165,13 @@ impl<'a> Work<'a> {
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: model, fingerprint, samples, calibrate: asked, store, watch, progress };
         let layers = pass::run(&pass, self.device)?.layers;
-        let Some(survey) = survey else { return Ok(()) };
-        survey.run(samples, self.device, progress)?;
-        survey.finish(layers, samples.hash())
+        let weights = TokenWeights::new(self.folder.dir(), fingerprint, &samples.hash());
+        let asked = self.recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
+        // Tokens are weighed where codes will be chosen.
+        let compressed = !self.recipe.reduces() || fingerprint != self.shape.fingerprint;
+        let backwards = Backwards { survey: survey.as_ref(), weights: (asked && compressed).then_some(&weights) };
+        backwards.run(model, samples, dir, self.device, progress)?;
+        survey.map_or(Ok(()), |survey| survey.finish(layers, samples.hash()))
     }
 
     /// Chooses the experts that stay; where quantizers need to know what enters the matrices of the model that is left, measures it too.
@@ -189,7 +196,7 @@ impl<'a> Work<'a> {
             model: self.model,
             pruner: self.recipe.prune.as_ref(),
             merger: self.recipe.merge.as_ref(),
-            repair: self.recipe.repair.as_ref().and_then(|repair| repair.router.as_ref()),
+            repair: self.recipe.repair.as_ref().and_then(|repair| repair.removal.as_ref()),
             samples,
             device: self.device,
             progress,
@@ -261,6 +268,15 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// The routers that were fitted, by layer.
+    fn routers(&self) -> Result<BTreeMap<usize, Refit>> {
+        let path = self.folder.path("routers.json");
+        if !path.is_file() {
+            return Ok(BTreeMap::new());
+        }
+        serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path, source })
+    }
+
     fn read_plan(&self) -> Result<Plan> {
         plan::read(&self.folder.path("plan.json"))
     }
@@ -268,8 +284,12 @@ impl<'a> Work<'a> {
     fn apply(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
         let samples = self.samples(progress)?.map(|samples| samples.ids.as_slice());
-        apply::solve(self.subject()?.0, &plan, samples, self.folder.dir(), self.device, progress)?;
-        Ok(())
+        let outcome = apply::solve(self.subject()?.0, &plan, samples, self.folder.dir(), self.device, progress)?;
+        if outcome.routers.is_empty() {
+            return Ok(());
+        }
+        let text = serde_json::to_string_pretty(&outcome.routers).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.folder.path("routers.json"), text.as_bytes())
     }
 
     fn export(&self, progress: &dyn Progress) -> Result<()> {
@@ -310,7 +330,8 @@ impl<'a> Work<'a> {
             fingerprint: self.shape.fingerprint.clone(),
             bytes: weight_bytes(dir)?,
         };
-        let report = Report { schema: 1, model, bits_per_weight: plan.bits_per_weight(), plan, outputs, evaluation };
+        let report =
+            Report { schema: 1, model, bits_per_weight: plan.bits_per_weight(), plan, outputs, routers: self.routers()?, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())

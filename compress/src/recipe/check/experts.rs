@@ -43,15 +43,15 @@ pub(super) fn check_reduction(recipe: &Recipe, source: &Source) -> Vec<Problem> 
             }
         }
     }
-    if let Some(router) = recipe.repair.as_ref().and_then(|repair| repair.router.as_ref()) {
+    if let Some(removal) = recipe.repair.as_ref().and_then(|repair| repair.removal.as_ref()) {
         if !recipe.reduces() {
-            add("repair.router".into(), "there is nothing to repair: no expert goes".into(), "name a pruner, such as [prune.easy_ep]");
+            add("repair.removal".into(), "there is nothing to repair: no expert goes".into(), "name a pruner, such as [prune.easy_ep]");
         }
-        if !(router.rate > 0.0 && router.rate.is_finite()) {
-            add("repair.router.rate".into(), format!("{} is no step", router.rate), "choose a small share, such as 0.02");
+        if !(removal.rate > 0.0 && removal.rate.is_finite()) {
+            add("repair.removal.rate".into(), format!("{} is no step", removal.rate), "choose a small share, such as 0.02");
         }
-        if router.tokens < 64 {
-            add("repair.router.tokens".into(), format!("{} tokens are too few to fit a router to", router.tokens), "ask for at least 64");
+        if removal.tokens < 64 {
+            add("repair.removal.tokens".into(), format!("{} tokens are too few to fit a router to", removal.tokens), "ask for at least 64");
         }
     }
     if let Some(crate::merge::Merger::Subspace(params)) = &recipe.merge

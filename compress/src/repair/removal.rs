@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 /// Knobs of the fit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
+#[schemars(rename = "Removal")]
 pub struct Params {
     /// Tokens, spread evenly over the samples that count, that it is fitted to.
     pub tokens: usize,
