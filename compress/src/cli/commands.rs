@@ -13,9 +13,10 @@ use clap::CommandFactory;
 use serde::Serialize;
 use serde_json::json;
 
-use super::args::{Cli, Command, EvalArgs, Global, InspectArgs, PruneArgs, RecipeArgs, RoundTo, StageArgs};
+use super::args::{Cli, Command, EmitArgs, EvalArgs, Global, InspectArgs, PruneArgs, RecipeArgs, RoundTo, StageArgs};
 use super::console::Console;
 use super::inspect::{self, Detail};
+use super::stats::stats;
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Experts, Shape};
 use crate::recipe::{self, Loaded};
@@ -37,6 +38,8 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Plan(args) => stages(args, Stage::Plan, &cli.global, console),
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
+        Command::Emit(args) => emit(args),
+        Command::Stats(command) => stats(command),
         Command::Schema => Ok(recipe::schema().map_err(std::io::Error::from)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -54,6 +57,18 @@ fn show(args: &InspectArgs, global: &Global) -> Result<String> {
     let detail = if global.verbose > 0 { Detail::EveryTensor } else { Detail::Summary };
     let found = inspect::inspect(&args.model, args.shape_only.as_deref(), detail)?;
     if args.format.json { pretty(&found) } else { Ok(inspect::text(&found)) }
+}
+
+fn emit(args: &EmitArgs) -> Result<String> {
+    let packed::emit::Emitted { dir, files, widths, layers } = packed::emit::emit(&args.out)?;
+    if args.format.json {
+        return pretty(&json!({ "dir": dir, "files": files, "widths": widths, "layers": layers, "compiled": [] }));
+    }
+    let widths = widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+    Ok(format!(
+        "{}: {files} files for {layers} layers at {widths} bits; nothing is compiled yet (moepress_kernels/compile.py does that)\n",
+        dir.display()
+    ))
 }
 
 fn load(args: &RecipeArgs) -> Result<Loaded> {
@@ -74,7 +89,7 @@ fn check(args: &RecipeArgs) -> Result<String> {
 fn stages(args: &StageArgs, until: Stage, global: &Global, console: &Console) -> Result<String> {
     let loaded = load(&args.recipe)?;
     let earlier = if args.force { Earlier::Discard } else { Earlier::Resume };
-    let options = Options { until, earlier, device: global.device.open()? };
+    let options = Options { until, earlier, device: global.device.open()?, memory: args.memory.map(|size| size.0) };
     let finished = run::run(&loaded, &options, console.progress().as_ref())?;
     let dir = finished.out.join("moepress");
     let text = match until {
@@ -96,7 +111,7 @@ fn prune(args: &PruneArgs, global: &Global, console: &Console) -> Result<String>
         return Ok(format!("{} has neither [prune] nor [merge]; nothing to do\n", loaded.source.path.display()));
     }
     let earlier = if args.stage.force { Earlier::Discard } else { Earlier::Resume };
-    let options = Options { until: Stage::Reduce, earlier, device: global.device.open()? };
+    let options = Options { until: Stage::Reduce, earlier, device: global.device.open()?, memory: args.stage.memory.map(|size| size.0) };
     let progress = console.progress();
     let finished = run::run(&loaded, &options, progress.as_ref())?;
     let experts = Experts::read(&finished.out.join("moepress/experts.json"))?;

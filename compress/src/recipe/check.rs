@@ -39,8 +39,8 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
         }
         (None, None) | (Some(_), Some(_)) => {}
     }
-    if recipe.export.compressed_tensors.is_none() && recipe.export.dense.is_none() {
-        add("export", "no format is asked for".into(), "add [export.compressed_tensors] or [export.dense]");
+    if recipe.export.formats().is_empty() {
+        add("export", "no format is asked for".into(), "add [export.compressed_tensors], [export.native] or [export.dense]");
     }
     found.extend(check_methods(recipe, source));
     found.extend(experts::check_reduction(recipe, source));
@@ -174,21 +174,21 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
     if let Some(bits) = allocate.bits_per_weight.filter(|bits| !(bits.is_finite() && *bits > 0.0)) {
         add(".bits_per_weight", format!("{bits} bits a weight are no budget"), "ask for some, such as 3.0");
     }
-    let packed = if recipe.export.compressed_tensors.is_some() { Packed::Yes } else { Packed::No };
-    if allocate.file.is_some() && packed == Packed::No {
+    let packed = Packed { compressed_tensors: recipe.export.compressed_tensors.is_some(), native: recipe.export.native.is_some() };
+    if allocate.file.is_some() && !packed.compressed_tensors {
         add(
             ".file",
             "the files of the dense export are of one size whatever the widths".into(),
             "add [export.compressed_tensors], or ask for bits_per_weight",
         );
     }
-    match (allocate.runtime, packed) {
-        (None, Packed::Yes) => {
+    match allocate.runtime {
+        None if packed.compressed_tensors => {
             let message = "several widths, and no word about what is to load them: no two runtimes load the same mixtures".to_owned();
             add("", message, &format!("say allocate.runtime = one of {}", Runtime::MENU));
         }
-        (Some(runtime), packed) => runtime.refusal(packed).into_iter().for_each(|why| add(".runtime", why, "")),
-        (None, Packed::No) => {}
+        Some(runtime) => runtime.refusal(packed).into_iter().for_each(|why| add(".runtime", why, "")),
+        None => {}
     }
     if recipe.calibrate.is_none() {
         add("", "widths are shared out by what they cost on texts, and there is no [calibrate]".into(), "name texts with calibrate.corpus");
@@ -201,7 +201,7 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
         let key = format!(".choices.{i}");
         if !(choice.grid.fewest_bits()..=8).contains(&choice.bits) {
             add(&key, format!("{choice}: there is no such grid"), &format!("choose {} to 8 bits", choice.grid.fewest_bits()));
-        } else if packed == Packed::Yes && !matches!(choice.grid, Grid::Sym | Grid::Asym) {
+        } else if packed.compressed_tensors && !matches!(choice.grid, Grid::Sym | Grid::Asym) {
             add(&key, format!("{choice}: compressed-tensors does not hold it"), "use the grid sym or asym, or [export.dense] alone");
         }
         if options[..i].contains(choice) {
@@ -237,6 +237,11 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
                     "calibrate.samples",
                     format!("calibrate.samples = {samples} cannot be shared out over {files} texts; ask for at least one each"),
                 );
+            }
+            let rule = calibrate.undercalibrated;
+            if !(rule.threshold().is_finite() && rule.threshold() >= 0.0) {
+                let share = rule.threshold();
+                add("calibrate.undercalibrated", format!("{share} tokens an input are no threshold; ask for 0 or more, such as 0.5"));
             }
             if calibrate.tokens < 2 {
                 add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
@@ -370,19 +375,20 @@ mod tests {
 
     #[test]
     fn every_problem_of_value_is_found_at_once() {
-        let text = "schema = 2\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\", \"no.txt\", \"c.md\"]\nsamples = 1\n[quantize.gptq]\n[allocate]\nbits = 9\nbytes = \"1GB\"\n[evaluate]\ntext = []\nmax_tokens = 3\n";
+        let text = "schema = 2\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\", \"no.txt\", \"c.md\"]\nsamples = 1\nundercalibrated = { rtn = { tokens_per_input = -1 } }\n[quantize.gptq]\n[allocate]\nbits = 9\nbytes = \"1GB\"\n[evaluate]\ntext = []\nmax_tokens = 3\n";
         let said = said(text, None);
         let expected = [
             "r.toml:1:10: schema 2 is not known; this program reads schema 1",
             "r.toml:4:20: there is no text no.txt",
             "r.toml:4:30: c.md is neither a .txt nor a .jsonl file",
             "r.toml:5:11: calibrate.samples = 1 cannot be shared out over 3 texts; ask for at least one each",
-            "r.toml:7:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
-            "r.toml:8:8: 9 bits cannot be exported; choose 2 to 8",
-            "r.toml:11:8: evaluate.text names no text",
-            "r.toml:12:14: 3 tokens are less than one window of 512",
+            "r.toml:6:1: -1 tokens an input are no threshold; ask for 0 or more, such as 0.5",
+            "r.toml:8:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
+            "r.toml:9:8: 9 bits cannot be exported; choose 2 to 8",
+            "r.toml:12:8: evaluate.text names no text",
+            "r.toml:13:14: 3 tokens are less than one window of 512",
             "r.toml: there is no `model`; name it in the recipe or with --model DIR",
-            "r.toml: no format is asked for; add [export.compressed_tensors] or [export.dense]",
+            "r.toml: no format is asked for; add [export.compressed_tensors], [export.native] or [export.dense]",
         ];
         assert_eq!(said, expected);
     }
@@ -406,7 +412,9 @@ mod tests {
         assert_eq!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.dense]"), "");
         assert_eq!(said("bytes = \"1MB\"\nruntime = \"transformers4\"", "[export.compressed_tensors]"), "");
         assert!(said("bits_per_weight = 3", "[export.compressed_tensors]").contains("say allocate.runtime = one of transformers4"));
-        assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("no exporter yet"));
+        assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("add [export.native]"));
+        assert_eq!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.native]"), "");
+        assert!(said("bits_per_weight = 3\nruntime = \"vllm\"", "[export.native]").contains("add [export.compressed_tensors]"));
         assert!(said("bits_per_weight = 3\nruntime = \"gguf\"", "[export.dense]").contains("no exporter yet"));
         assert!(said("file = \"1MB\"", "[export.dense]").contains("of one size whatever the widths"));
         assert!(

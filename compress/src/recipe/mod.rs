@@ -73,7 +73,8 @@ pub struct Recipe {
     /// The formats to write.
     #[serde(default)]
     pub export: Exports,
-    /// The texts that the result is judged by, before and after.
+    /// The texts that the result is judged by, before and after. Of several outputs the first is judged, the one at the top of `out`;
+    /// the report says which that is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<Evaluate>,
 }

@@ -160,7 +160,7 @@ impl<'a> Work<'a> {
         let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, shape)).unwrap_or_default();
         let survey = mixed.map(|(quantizer, allocate)| {
             let what = (allocate.cost, allocate.fill, allocate.options());
-            Survey::new(model, quantizer, &matrices, what, tokens, dir)
+            Survey::new(model, quantizer, &matrices, what, (tokens, asked.undercalibrated), dir)
         });
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: model, fingerprint, samples, calibrate: asked, store, watch, progress };
@@ -330,8 +330,9 @@ impl<'a> Work<'a> {
             fingerprint: self.shape.fingerprint.clone(),
             bytes: weight_bytes(dir)?,
         };
-        let report =
-            Report { schema: 1, model, bits_per_weight: plan.bits_per_weight(), plan, outputs, routers: self.routers()?, evaluation };
+        let evaluated = evaluation.is_some().then(|| outputs.first().map(|output| output.format.clone())).flatten();
+        let bits_per_weight = plan.bits_per_weight();
+        let report = Report { schema: 1, model, bits_per_weight, plan, outputs, evaluated, routers: self.routers()?, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())
