@@ -471,6 +471,15 @@ pub enum Error {
     },
 
     // ---- linalg ----
+    /// A decomposition that found no end.
+    #[error("a matrix of {rows} by {columns} cannot be decomposed; does it hold NaN or infinity?")]
+    NoConvergence {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        columns: usize,
+    },
+
     /// A symmetric matrix was asked for.
     #[error("a matrix of {rows} x {columns} is not square, so it is no second moment")]
     NotSquare {

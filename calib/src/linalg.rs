@@ -1,4 +1,4 @@
-//! Dense linear algebra in f32: the one file that names the library (faer). ndarray stands at its wall.
+//! Dense linear algebra, mostly in f32: the one file that names the library (faer). ndarray stands at its wall.
 //!
 //! Everything runs on the calling thread, in an order that does not depend on the machine's load: threads go over experts
 //! and rows, outside.
@@ -288,6 +288,55 @@ pub fn solve(a: &mut [f64], b: &mut [f64]) -> Result<()> {
     Ok(())
 }
 
+/// A thin singular value decomposition, `a = u · diag(s) · vᵀ`, singular values falling.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Svd {
+    /// `[m, r]` with `r = min(m, n)`.
+    pub u: Array2<f64>,
+    /// `[r]`.
+    pub s: Vec<f64>,
+    /// `[n, r]`.
+    pub v: Array2<f64>,
+}
+
+/// Decomposes `a`, `[m, n]`, in f64.
+///
+/// # Errors
+///
+/// [`Error::NoConvergence`], for a matrix with NaN or infinity.
+pub fn svd(a: ArrayView2<'_, f64>) -> Result<Svd> {
+    let (rows, columns) = a.dim();
+    let wrong = || Error::NoConvergence { rows, columns };
+    let a = faer::Mat::from_fn(rows, columns, |i, j| a[(i, j)]);
+    let found = a.thin_svd().map_err(|_| wrong())?;
+    let s: Vec<f64> = found.S().column_vector().iter().copied().collect();
+    if s.iter().any(|s| !s.is_finite()) {
+        return Err(wrong());
+    }
+    let dense = |m: MatRef<'_, f64>| Array2::from_shape_fn((m.nrows(), m.ncols()), |(i, j)| m[(i, j)]);
+    Ok(Svd { u: dense(found.U()), s, v: dense(found.V()) })
+}
+
+/// Eigenvectors of a symmetric matrix as columns, `[side, side]`, and their eigenvalues, falling.
+///
+/// # Errors
+///
+/// [`Error::NotSquare`]; [`Error::NoConvergence`], for a matrix with NaN or infinity.
+pub fn eigh(a: ArrayView2<'_, f64>) -> Result<(Array2<f64>, Vec<f64>)> {
+    let (rows, columns) = a.dim();
+    if rows != columns {
+        return Err(Error::NotSquare { rows, columns });
+    }
+    let wrong = || Error::NoConvergence { rows, columns };
+    let a = faer::Mat::from_fn(rows, columns, |i, j| a[(i, j)]);
+    let found = a.self_adjoint_eigen(faer::Side::Lower).map_err(|_| wrong())?;
+    let values: Vec<f64> = found.S().column_vector().iter().rev().copied().collect();
+    if values.iter().any(|value| !value.is_finite()) {
+        return Err(wrong());
+    }
+    Ok((Array2::from_shape_fn((rows, rows), |(i, j)| found.U()[(i, rows - 1 - j)]), values))
+}
+
 fn square(h: &ArrayView2<'_, f32>) -> Result<usize> {
     let (rows, columns) = h.dim();
     if rows == columns { Ok(rows) } else { Err(Error::NotSquare { rows, columns }) }
@@ -311,6 +360,21 @@ mod tests {
 
     fn matrix(rows: usize, columns: usize, seed: u64) -> Array2<f32> {
         Array2::from_shape_vec((rows, columns), values(rows * columns, seed)).unwrap()
+    }
+
+    #[test]
+    fn singular_values_and_eigenvalues_put_the_matrix_together_again() {
+        let a = matrix(7, 4, 11).mapv(f64::from);
+        let Svd { u, s, v } = svd(a.view()).unwrap();
+        assert!(s.windows(2).all(|w| w[0] >= w[1]) && u.dim() == (7, 4) && v.dim() == (4, 4));
+        let again = (&u * &ndarray::Array1::from(s.clone())).dot(&v.t());
+        assert!((&again - &a).iter().all(|d| d.abs() < 1e-12), "{again}");
+        let (vectors, values) = eigh(a.t().dot(&a).view()).unwrap();
+        assert!(values.iter().zip(&s).all(|(value, s)| (value - s * s).abs() < 1e-12), "{values:?} {s:?}");
+        let again = (&vectors * &ndarray::Array1::from(values)).dot(&vectors.t());
+        assert!((&again - &a.t().dot(&a)).iter().all(|d| d.abs() < 1e-12));
+        assert!(svd(array![[f64::NAN, 1.0]].view()).is_err());
+        assert!(matches!(eigh(a.view()), Err(Error::NotSquare { rows: 7, columns: 4 })));
     }
 
     fn gram(rows: usize, side: usize, seed: u64) -> Array2<f32> {

@@ -36,6 +36,26 @@ pub enum Error {
     #[error(transparent)]
     Undecided(#[from] crate::allocate::Undecided),
 
+    // ---- prune ----
+    /// A layer whose experts cannot be chosen as asked.
+    #[error("layer {layer}: {what}")]
+    Prune {
+        /// The layer.
+        layer: usize,
+        /// What is wrong.
+        what: String,
+    },
+
+    /// A domain that is no text of the corpus.
+    #[error("no calibration text is named {name}; there are {known}")]
+    NoDomain {
+        /// The name.
+        name: String,
+        /// The texts.
+        known: String,
+    },
+
+    // ---- plan, calibration ----
     /// Experts that too few tokens reached, where the recipe's rule is to stop.
     #[error(
         "too few calibration tokens reached {}, and calibrate.undercalibrated says stop:{}\nask for more samples or \

@@ -12,7 +12,7 @@ use super::{Checkpoint, Problem, TensorInfo};
 use crate::tensor::{self, Dtype};
 
 /// What is put behind a weight's name to name its scales.
-const SUFFIX: &str = "_scale_inv";
+pub(super) const SUFFIX: &str = "_scale_inv";
 
 /// The scales of one tensor, checked against its shape.
 pub(super) struct Scales<'a> {

@@ -19,6 +19,7 @@ use serde_json::Value;
 use crate::tensor::{self, Dtype};
 use crate::{Error, Result};
 
+mod derived;
 mod fingerprint;
 mod fp8;
 mod header;
@@ -29,6 +30,7 @@ mod shard;
 mod testing;
 mod write;
 
+pub use derived::Derived;
 pub use fingerprint::{Fingerprint, hash_bytes};
 pub use problem::Problem;
 pub use write::{Declared, SHARD_BYTES, Writer, free_bytes, write_shape_only};
@@ -60,6 +62,8 @@ pub const TEMPLATES: &str = "additional_chat_templates";
 pub struct Checkpoint {
     dir: PathBuf,
     config: Value,
+    /// config.json as it stands.
+    text: String,
     fingerprint: String,
     shards: Vec<Shard>,
     /// Sorted by name.
@@ -82,8 +86,8 @@ impl Checkpoint {
         if !path.is_file() {
             return Err(Problem::NoConfig.at(dir));
         }
-        let text = fs_err::read(&path)?;
-        let config: Value = serde_json::from_slice(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let text = fs_err::read_to_string(&path)?;
+        let config: Value = serde_json::from_str(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
         if !config.is_object() {
             return Err(Problem::ConfigNotObject.at(&path));
         }
@@ -99,8 +103,8 @@ impl Checkpoint {
             let jinja = index::file_names(&templates)?.into_iter().filter(|name| name.ends_with(".jinja"));
             files.extend(jinja.map(|name| templates.join(name)));
         }
-        let fingerprint = fingerprint::of_checkpoint(&text, &shards);
-        let checkpoint = Self { dir: dir.to_owned(), config, fingerprint, tensors: infos(&shards), shards, files };
+        let fingerprint = fingerprint::of_checkpoint(text.as_bytes(), &shards);
+        let checkpoint = Self { dir: dir.to_owned(), config, text, fingerprint, tensors: infos(&shards), shards, files };
         fp8::check(&checkpoint).map_err(|problem| problem.at(dir))?;
         Ok(checkpoint)
     }
@@ -115,6 +119,12 @@ impl Checkpoint {
     #[must_use]
     pub fn config(&self) -> &Value {
         &self.config
+    }
+
+    /// config.json as it stands, byte for byte.
+    #[must_use]
+    pub fn config_text(&self) -> &str {
+        &self.text
     }
 
     /// Every stored tensor, sorted by name.

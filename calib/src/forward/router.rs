@@ -142,7 +142,7 @@ fn sparse_mixer_picks(logits: &[f32], jitter: f32) -> [(usize, Vec<f32>); 2] {
 
 /// The gradient at the logits, `[rows, experts]`, from `d_weights`, that at the final routing weights, `[rows, top_k]`. The
 /// choice itself has none.
-pub(crate) fn backward(moe: &Moe, routing: &Routing, d_weights: &[f32]) -> Vec<f32> {
+pub fn backward(moe: &Moe, routing: &Routing, d_weights: &[f32]) -> Vec<f32> {
     let (experts, top_k) = (routing.experts, routing.top_k);
     let row = |i: usize| {
         let (logits, scores) = (&routing.logits[i * experts..][..experts], &routing.scores[i * experts..][..experts]);

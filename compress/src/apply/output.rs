@@ -97,7 +97,7 @@ impl<'a> FromSolved<'a> {
     pub fn contents(&self) -> Result<Contents<'_>> {
         let checkpoint = self.model.checkpoint();
         Ok(Contents {
-            config: fs_err::read_to_string(checkpoint.dir().join("config.json"))?,
+            config: checkpoint.config_text().to_owned(),
             files: checkpoint.files().to_vec(),
             tensors: contents_of(self.model, self.plan)?,
             source: self,

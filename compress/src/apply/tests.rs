@@ -56,7 +56,8 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         refine: None,
         repair: Default::default(),
         allocation: None,
-        experts: calib::sample::Through::Routed,
+        through: calib::sample::Through::Routed,
+        experts: None,
         tensors,
     }
 }

@@ -90,7 +90,7 @@ impl<'a> Solver<'a> {
             model,
             params,
             refine: plan.refine.as_ref(),
-            experts: plan.experts,
+            experts: plan.through,
             file,
             rows,
             jobs: by_site,

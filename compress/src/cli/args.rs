@@ -62,10 +62,12 @@ pub(super) enum Command {
     Inspect(InspectArgs),
     /// Find every problem of a recipe, against the model's shape, and do nothing
     Check(RecipeArgs),
-    /// Do everything a recipe says: calibrate, plan, apply, export, evaluate; goes on where it was interrupted
+    /// Do everything a recipe says: calibrate, prune, plan, apply, export, evaluate; goes on where it was interrupted
     Run(StageArgs),
     /// Only the first stage: measure the model on the recipe's texts
     Calibrate(StageArgs),
+    /// Up to the choice of experts: which stay, and how clearly
+    Prune(PruneArgs),
     /// Up to the plan: decide what becomes of every tensor
     Plan(StageArgs),
     /// Up to the output: everything but the evaluation
@@ -121,6 +123,15 @@ pub(super) struct StageArgs {
 /// A size with its unit.
 fn size(text: &str) -> Result<Size, String> {
     Size::parse(text).ok_or_else(|| "write a number and a unit, such as 8GiB".to_owned())
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PruneArgs {
+    #[command(flatten)]
+    pub stage: StageArgs,
+    /// Show how sure the choice is: what each text alone would keep, and what other draws of the samples would
+    #[arg(long)]
+    pub show: bool,
 }
 
 #[derive(Debug, Args)]

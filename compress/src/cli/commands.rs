@@ -13,16 +13,16 @@ use clap::CommandFactory;
 use serde::Serialize;
 use serde_json::json;
 
-use super::args::{Cli, Command, EmitArgs, EvalArgs, Global, InspectArgs, RecipeArgs, RoundTo, StageArgs};
+use super::args::{Cli, Command, EmitArgs, EvalArgs, Global, InspectArgs, PruneArgs, RecipeArgs, RoundTo, StageArgs};
 use super::console::Console;
 use super::imatrix;
 use super::inspect::{self, Detail};
 use super::stats::stats;
 use crate::packed::{self, ExpertRounding};
-use crate::plan::{self, Shape};
+use crate::plan::{self, Experts, Shape};
 use crate::recipe::{self, Loaded};
 use crate::run::{self, Earlier, Finished, Options, Stage};
-use crate::{Error, Result, dump, report};
+use crate::{Error, Result, dump, reduce, report};
 
 /// Does what a command says and gives what is to be printed.
 pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
@@ -35,6 +35,7 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Check(args) => check(args),
         Command::Run(args) => stages(args, Stage::Evaluate, &cli.global, console),
         Command::Calibrate(args) => stages(args, Stage::Calibrate, &cli.global, console),
+        Command::Prune(args) => prune(args, &cli.global, console),
         Command::Plan(args) => stages(args, Stage::Plan, &cli.global, console),
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
@@ -79,8 +80,8 @@ fn load(args: &RecipeArgs) -> Result<Loaded> {
 
 fn check(args: &RecipeArgs) -> Result<String> {
     let loaded = load(args)?;
-    let run::Prepared { shape, .. } = run::prepare(&loaded)?;
-    let problems = run::check_space(&loaded, &shape)?;
+    let run::Prepared { shape, model } = run::prepare(&loaded)?;
+    let problems = run::check_space(&loaded, &run::left(&loaded.recipe, &model, &shape))?;
     if !problems.is_empty() {
         return Err(loaded.source.invalid(problems).into());
     }
@@ -105,6 +106,24 @@ fn stages(args: &StageArgs, until: Stage, global: &Global, console: &Console) ->
     Ok(text)
 }
 
+/// Which experts stay, and on demand how sure that is.
+fn prune(args: &PruneArgs, global: &Global, console: &Console) -> Result<String> {
+    let loaded = load(&args.stage.recipe)?;
+    if !loaded.recipe.reduces() {
+        return Ok(format!("{} has neither [prune] nor [merge]; nothing to do\n", loaded.source.path.display()));
+    }
+    let earlier = if args.stage.force { Earlier::Discard } else { Earlier::Resume };
+    let options = Options { until: Stage::Reduce, earlier, device: global.device.open()?, memory: args.stage.memory.map(|size| size.0) };
+    let progress = console.progress();
+    let finished = run::run(&loaded, &options, progress.as_ref())?;
+    let experts = Experts::read(&finished.out.join("moepress/experts.json"))?;
+    let sureness = if args.show { run::sureness(&loaded, options.device, progress.as_ref())? } else { None };
+    if args.stage.format.json {
+        return pretty(&json!({ "experts": experts, "sureness": sureness }));
+    }
+    Ok(report::experts(&experts, sureness.as_ref()))
+}
+
 /// How many tokens reached each expert.
 fn coverage(loaded: &Loaded, dir: &Path, as_json: bool) -> Result<String> {
     let store = Store::new(dir);
@@ -127,8 +146,12 @@ fn planned(loaded: &Loaded, path: &Path, as_json: bool) -> Result<String> {
     if as_json {
         return Ok(fs_err::read_to_string(path)?);
     }
-    let shape = Shape::of(&Model::open(loaded.recipe.model.as_deref().unwrap_or(Path::new("")))?);
+    let model = Model::open(loaded.recipe.model.as_deref().unwrap_or(Path::new("")))?;
     let plan = plan::read(path)?;
+    let shape = match (&plan.experts, path.parent()) {
+        (Some(_), Some(dir)) => Shape::of(&reduce::open(&model, dir)?),
+        _ => run::left(&loaded.recipe, &model, &Shape::of(&model)),
+    };
     let text = report::plan(&plan.summary(&shape), path);
     let blind = plan.corpus.is_none() && plan.quantizer.as_ref().is_some_and(|q| q.needs_calibration());
     Ok(if blind { text + "made from the shape alone: which experts no token reaches is not known yet\n" } else { text })

@@ -34,6 +34,38 @@ pub fn edit(text: &str, remove: &[&str], add: Option<(&str, &serde_json::Value)>
     })
 }
 
+/// `text` with every count named in `keys` set to `count`, however deep it stands; `own` is added where none of them does.
+///
+/// `None` if `text` is not a JSON object.
+pub fn set_counts(text: &str, keys: &[&str], count: u64, own: &str) -> Option<String> {
+    serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(text).ok()?;
+    let mut places = Vec::new();
+    counts(text, 0, keys, &mut places)?;
+    if places.is_empty() {
+        return edit(text, &[], Some((own, &count.into())));
+    }
+    let mut edited = text.to_owned();
+    // From the last to the first, so that the places before keep their offsets.
+    places.sort_by_key(|place| std::cmp::Reverse(place.start));
+    places.into_iter().for_each(|place| edited.replace_range(place, &count.to_string()));
+    Some(edited)
+}
+
+/// Notes where the numbers of these keys stand in the object `text`, which begins at `offset` of the whole.
+fn counts(text: &str, offset: usize, keys: &[&str], places: &mut Vec<Range<usize>>) -> Option<()> {
+    for member in members(text)? {
+        let key_end = string_end(text.as_bytes(), member.span.start)?;
+        let start = skip(text.as_bytes(), key_end, |b| b.is_ascii_whitespace() || b == b':');
+        let value = &text[start..member.span.end];
+        if value.starts_with('{') {
+            counts(value, offset + start, keys, places)?;
+        } else if keys.contains(&member.key.as_str()) && value.parse::<u64>().is_ok() {
+            places.push(offset + start..offset + member.span.end);
+        }
+    }
+    Some(())
+}
+
 /// The white space before the first key, where each member has a line of its own.
 fn indent(text: &str, members: &[Member]) -> Option<String> {
     let first = members.first().map_or(text.len(), |m| m.span.start);
@@ -125,6 +157,15 @@ mod tests {
         assert_eq!(edited, "{\n  \"a\": {},\n  \"q\": {\n    \"b\": [\n      1\n    ]\n  }\n}");
         let value: serde_json::Value = serde_json::from_str(&edited).unwrap();
         assert_eq!(value, json!({"a": {}, "q": {"b": [1]}}));
+    }
+
+    #[test]
+    fn counts_are_set_wherever_they_stand() {
+        let text = "{\n  \"num_experts\": 16,\n  \"text_config\": {\"x\": {}, \"num_experts\" : 16, \"n\": [16]},\n  \"num_local_experts\": null\n}\n";
+        let expected = text.replace("16,", "8,");
+        assert_eq!(set_counts(text, &["num_experts", "num_local_experts"], 8, "num_experts").unwrap(), expected);
+        assert_eq!(set_counts("{\"a\": 1}", &["num_experts"], 8, "num_experts").unwrap(), "{\"a\": 1, \"num_experts\": 8}");
+        assert_eq!(set_counts("[]", &["a"], 1, "a"), None);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! `plan.json` holds no time stamp and no absolute path, and its keys are sorted: the same inputs give the same bytes.
 
+pub mod experts;
 mod shape;
 mod summary;
 mod widths;
@@ -23,6 +24,7 @@ use crate::recipe::Recipe;
 use crate::repair::Repair;
 use crate::{Error, Result};
 
+pub use experts::{Experts, Fate, Repaired};
 pub use shape::{Measured, Seen, Shape, Tensor};
 pub use summary::Summary;
 use widths::Widths;
@@ -51,13 +53,16 @@ pub struct Plan {
     pub refine: Option<Refine>,
     /// Which tokens the experts' second moments are over.
     #[serde(default, skip_serializing_if = "is_routed")]
-    pub experts: Through,
+    pub through: Through,
     /// The order in which layers are solved, and what is mended.
     #[serde(default)]
     pub repair: Repair,
     /// How a program shared out the widths, where one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Account>,
+    /// What becomes of the routed experts, where any go; `model` and `tensors` are then those of the reduced model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<Experts>,
     /// One entry for every tensor of the checkpoint (FP8 companions folded away), by name.
     pub tensors: BTreeMap<String, Action>,
 }
@@ -166,9 +171,10 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
         objective: recipe.objective.clone().unwrap_or_default(),
         refine: recipe.refine.clone(),
-        experts: recipe.calibrate.as_ref().map(|c| c.experts).unwrap_or_default(),
+        through: recipe.calibrate.as_ref().map(|c| c.experts).unwrap_or_default(),
         repair: repair.clone(),
         allocation: widths.and_then(|w| w.account),
+        experts: None,
         quantizer,
     })
 }

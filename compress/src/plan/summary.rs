@@ -37,6 +37,9 @@ pub struct Summary {
     pub rounded_experts: usize,
     /// Input channels that no token excited, each counted once for all matrices that it enters.
     pub dead_channels: usize,
+    /// Routed experts a layer before and after, and who chose, where some go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts: Option<(usize, usize, String)>,
     /// Matrices by kind and width, where widths are shared out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub widths: BTreeMap<String, BTreeMap<String, usize>>,
@@ -55,7 +58,8 @@ impl Summary {
 impl Plan {
     /// The plan in numbers.
     pub fn summary(&self, shape: &Shape) -> Summary {
-        let mut sum = Summary { allocation: self.allocation.clone(), ..Summary::default() };
+        let experts = self.experts.as_ref().map(|experts| (experts.before, experts.after, experts.by.clone()));
+        let mut sum = Summary { allocation: self.allocation.clone(), experts, ..Summary::default() };
         let (mut blended, mut rounded, mut dead) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
         for tensor in &shape.tensors {
             match self.tensors.get(&tensor.name) {

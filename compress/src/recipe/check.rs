@@ -1,5 +1,7 @@
 //! Every problem of value at once, before any hour is spent.
 
+mod experts;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,6 +17,8 @@ use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
 use crate::quantize::{Grid, Quantizer, Refine, learned};
 use crate::repair::Order;
+
+pub use experts::check_experts;
 
 /// What is wrong with a recipe whatever the model.
 pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
@@ -34,13 +38,16 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
     match (&recipe.quantize, &recipe.allocate) {
         (Some(_), None) => add("quantize", "there is a quantizer but no [allocate]".into(), "say how many bits, such as allocate.bits = 4"),
         (None, Some(_)) => add("allocate", "there are widths but no quantizer".into(), "name one, such as [quantize.gptq]"),
-        (None, None) => add("quantize", "nothing is asked for".into(), "name a quantizer, such as [quantize.gptq], and allocate.bits"),
-        (Some(_), Some(_)) => {}
+        (None, None) if !recipe.reduces() => {
+            add("quantize", "nothing is asked for".into(), "name a quantizer, such as [quantize.gptq], and allocate.bits");
+        }
+        (None, None) | (Some(_), Some(_)) => {}
     }
     if recipe.export.formats().is_empty() {
         add("export", "no format is asked for".into(), "add [export.compressed_tensors], [export.native] or [export.dense]");
     }
     found.extend(check_methods(recipe, source));
+    found.extend(experts::check_reduction(recipe, source));
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
     if let Some(allocate) = recipe.allocate.as_ref().filter(|a| a.is_mixed() && a.budgets().len() == 1) {
         found.extend(check_budget(recipe, allocate, source));

@@ -19,12 +19,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Allocate, Held};
 use crate::export::Exports;
+use crate::merge::Merger;
+use crate::mtp::Mtp;
 use crate::objective::Objective;
 use crate::plan::zero_of;
+use crate::prune::Pruner;
 use crate::quantize::{Grid, Quantizer, Refine};
 use crate::repair::Repair;
 
-pub use check::{check, check_values};
+pub use check::{check, check_experts, check_values};
 pub use invalid::{Invalid, Problem};
 pub use load::{Loaded, Overrides, Source, load};
 pub use schema::schema;
@@ -47,6 +50,12 @@ pub struct Recipe {
     /// The texts that the model is measured on, for quantizers that need it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibrate: Option<Calibrate>,
+    /// Who chooses the routed experts that stay; the others go, before anything else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prune: Option<Pruner>,
+    /// Who makes one expert of several, of those that stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub merge: Option<Merger>,
     /// What the error of a token counts, for quantizers that solve against calibration tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub objective: Option<Objective>,
@@ -78,5 +87,22 @@ impl Recipe {
         if let Some(allocate) = &mut self.allocate {
             allocate.held = Held(Grid::ALL.into_iter().filter(|&grid| zeros.contains(&zero_of(grid))).collect());
         }
+    }
+
+    /// Whether experts are pruned or merged.
+    pub fn reduces(&self) -> bool {
+        self.prune.is_some() || self.merge.is_some()
+    }
+
+    /// Experts of a layer that are left of `before`.
+    pub fn experts_left(&self, before: usize) -> usize {
+        let kept = self.prune.as_ref().map_or(before, |pruner| pruner.asked().count(before));
+        self.merge.as_ref().map_or(kept, |merger| merger.asked().count(kept))
+    }
+
+    /// What becomes of multi-token-prediction layers.
+    pub fn mtp(&self) -> Option<Mtp> {
+        let pruner = self.prune.as_ref().and_then(|pruner| pruner.asked().mtp);
+        pruner.or_else(|| self.merge.as_ref().and_then(|merger| merger.asked().mtp))
     }
 }

@@ -5,7 +5,8 @@ use toml::{Table, Value};
 use crate::allocate::BUDGETS;
 
 /// Tables of which a document holds one key: setting another replaces it. The second list names the keys; empty: all.
-const CHOICES: [(&str, &[&str]); 3] = [("quantize", &[]), ("calibrate.sampler", &[]), ("allocate", &BUDGETS)];
+const CHOICES: [(&str, &[&str]); 5] =
+    [("prune", &[]), ("merge", &[]), ("quantize", &[]), ("calibrate.sampler", &[]), ("allocate", &BUDGETS)];
 
 /// Keys that hold paths: on the command line they are relative to the working directory, and so are made absolute.
 const PATHS: [&str; 4] = ["model", "out", "calibrate.corpus", "evaluate.text"];

@@ -1,7 +1,8 @@
-//! What mends the rest of a model after a matrix was quantized: the order of layers, the aim of a solver, the router.
+//! What mends the rest of a model after a matrix was quantized (the order of layers, the aim of a solver, the router) or experts went.
 
 pub mod propagate;
 pub mod refit;
+pub mod removal;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,10 @@ pub struct Repair {
     /// which nothing else does, and no byte of its size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router_repair: Option<refit::Params>,
+    /// After experts were pruned or merged: fits the router's rows and a factor an expert (folded into its down projection) to what the
+    /// whole block said, layer by layer, each on what the repaired layers before it pass on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removal: Option<removal::Params>,
 }
 
 /// Whose outputs a layer is solved on.

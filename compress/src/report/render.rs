@@ -115,6 +115,9 @@ fn size_rows(report: &Report) -> Rows {
     let quantized = format!("{} quantized matrices", plan.matrices);
     rows.push(vec![quantized, bytes(plan.bytes_before), bytes(plan.bytes_after)]);
     rows.push(vec!["everything else".to_owned(), bytes(plan.bytes_kept), bytes(plan.bytes_kept)]);
+    if let Some((before, after, by)) = &plan.experts {
+        rows.push(vec![format!("routed experts a layer ({by})"), before.to_string(), after.to_string()]);
+    }
     for output in &report.outputs {
         rows.push(vec![format!("weight files, {} ({})", output.format, output.folder), bytes(report.model.bytes), bytes(output.bytes)]);
     }

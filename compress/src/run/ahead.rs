@@ -9,6 +9,14 @@ use crate::recipe::{Loaded, Problem, Recipe};
 use crate::report::bytes;
 use crate::{Error, Result, apply, export};
 
+/// The shape of the model that is left when experts have gone, as far as it is known now.
+pub fn left(recipe: &Recipe, model: &Model, shape: &Shape) -> Shape {
+    if !recipe.reduces() {
+        return shape.clone();
+    }
+    plan::experts::shape_with(shape, recipe.experts_left(plan::experts::count(model)), recipe.mtp())
+}
+
 /// Matrices that a format cannot hold.
 pub(super) fn check_exports(loaded: &Loaded, model: &Model, shape: &Shape) -> Result<Vec<Problem>> {
     let plan = match plan::make(&loaded.recipe, shape, None) {

@@ -18,6 +18,8 @@ use crate::{Error, Result};
 pub enum Stage {
     /// Measures the model on the calibration texts.
     Calibrate,
+    /// Chooses the experts that stay, and measures the model of them.
+    Reduce,
     /// Decides what becomes of every tensor.
     Plan,
     /// Chooses the codes of every matrix.
@@ -30,12 +32,13 @@ pub enum Stage {
 
 impl Stage {
     /// All of them, in order.
-    pub const ALL: [Self; 5] = [Self::Calibrate, Self::Plan, Self::Apply, Self::Export, Self::Evaluate];
+    pub const ALL: [Self; 6] = [Self::Calibrate, Self::Reduce, Self::Plan, Self::Apply, Self::Export, Self::Evaluate];
 
     /// Its name: of its marker, and in tables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Calibrate => "calibrate",
+            Self::Reduce => "reduce",
             Self::Plan => "plan",
             Self::Apply => "apply",
             Self::Export => "export",
@@ -81,7 +84,7 @@ impl Folder {
         let path = folder.path("identity.json");
         if earlier == Earlier::Discard {
             let measured = folder.done(Stage::Calibrate)?.filter(|_| folder.measures_like(identity));
-            folder.discard(if measured.is_some() { Stage::Plan } else { Stage::Calibrate })?;
+            folder.discard(if measured.is_some() { Stage::Reduce } else { Stage::Calibrate })?;
         }
         match Identity::read(&path)? {
             // A run that was refused before it did anything (a text that is too short) holds nobody to its recipe.

@@ -70,13 +70,17 @@ impl Identity {
     }
 
     /// Whether `now` measures the same: its calibration and table of costs are those that this one made, and something after them
-    /// differs. Budgets, limits, runtime, exports and texts of evaluation are what may differ.
+    /// differs. Pruners, budgets, limits, runtime, exports and texts of evaluation are what may differ.
     pub fn measures_like(&self, now: &Self) -> bool {
         let measured = |identity: &Self| {
             let mut recipe = identity.recipe.clone();
             if let Some(recipe) = recipe.as_object_mut() {
                 recipe.remove("export");
                 recipe.remove("evaluate");
+                // A reduced model is measured again in a stage of its own, so which one it is does not count.
+                let reduced = ["prune", "merge"].iter().filter(|key| recipe.remove(**key).is_some()).count() > 0;
+                recipe.remove("repair");
+                recipe.insert("reduced".to_owned(), reduced.into());
                 if let Some(allocate) = recipe.get_mut("allocate").and_then(Value::as_object_mut) {
                     // A budget needs the table of costs and one width does not, so which of the two it is counts.
                     let budgets = ["bits_per_weight", "bytes", "file"];
@@ -202,6 +206,13 @@ mod tests {
         ] {
             assert!(!one.measures_like(&of(other)), "{other}");
         }
+    }
+
+    #[test]
+    fn another_pruner_measures_the_same_and_none_does_not() {
+        let of = |prune: &str| Identity::of(&toml::from_str(&format!("schema = 1\n{prune}\n[export.dense]\n")).unwrap(), "m").unwrap();
+        assert!(of("[prune.reap]\nkeep = 0.5").measures_like(&of("[prune.easy_ep]\nexperts = 3")));
+        assert!(!of("[prune.reap]\nkeep = 0.5").measures_like(&of("")));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The stages, strung together: calibrate, plan, apply, export, evaluate.
+//! The stages, strung together: calibrate, reduce, plan, apply, export, evaluate.
 //!
 //! A run on a directory goes on where an earlier one of the same recipe, model and texts stopped, however it stopped: a stage is
 //! done when its marker has its name, and within a stage a layer when its file has. Everything gets its name by rename.
@@ -17,11 +17,12 @@ use calib::{Model, Weights};
 
 use crate::plan::Shape;
 use crate::recipe::{self, Loaded, Recipe};
+use crate::reduce::resample::Sureness;
 use crate::report::{Cost, Meter};
 use crate::tensorfile::write_whole;
 use crate::{Error, Result};
 
-pub use ahead::check_space;
+pub use ahead::{check_space, left};
 pub use folder::{Earlier, Folder, Stage};
 pub use identity::Identity;
 pub use memory::{Fit, fit};
@@ -69,9 +70,13 @@ pub fn prepare(loaded: &Loaded) -> Result<Prepared> {
     match loaded.recipe.model.as_deref().map(Model::open) {
         Some(Ok(model)) => {
             let shape = Shape::of(&model);
-            problems.extend(recipe::check(loaded, &shape));
+            problems.extend(recipe::check_experts(loaded, &model));
             if problems.is_empty() {
-                problems.extend(ahead::check_exports(loaded, &model, &shape)?);
+                let left = ahead::left(&loaded.recipe, &model, &shape);
+                problems.extend(recipe::check(loaded, &left));
+                if problems.is_empty() {
+                    problems.extend(ahead::check_exports(loaded, &model, &left)?);
+                }
             }
             if problems.is_empty() {
                 return Ok(Prepared { model, shape });
@@ -107,7 +112,7 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
     work.forget_lost_outputs()?;
     let todo = work.todo(options.until)?;
     if todo.contains(&Stage::Apply) {
-        let problems = check_space(loaded, &shape)?;
+        let problems = check_space(loaded, &ahead::left(recipe, &model, &shape))?;
         if !problems.is_empty() {
             return Err(loaded.source.invalid(problems).into());
         }
@@ -125,6 +130,18 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
         costs.extend(folder.done(stage)?.map(|cost| (stage, cost)));
     }
     Ok(Finished { ran: todo, costs, out })
+}
+
+/// How sure the choice of experts is that a finished run up to [`Stage::Reduce`] made.
+///
+/// # Errors
+///
+/// As [`run`]; [`Error::Prune`] for a pruner that scores no statistics.
+pub fn sureness(loaded: &Loaded, device: Device, progress: &dyn Progress) -> Result<Option<Sureness>> {
+    let Prepared { model, shape } = prepare(loaded)?;
+    let out = loaded.recipe.out.clone().unwrap_or_default();
+    let folder = Folder::open(&out, &Identity::of(&loaded.recipe, &shape.fingerprint)?, Earlier::Resume)?;
+    Work::new(&loaded.recipe, &out, &model, &shape, &folder, device).sureness(progress)
 }
 
 /// Holds this process to what fits.

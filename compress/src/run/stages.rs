@@ -1,4 +1,4 @@
-//! The five stages of one run.
+//! The stages of one run.
 
 use std::cell::OnceCell;
 use std::path::Path;
@@ -17,9 +17,11 @@ use crate::allocate::Allocate;
 use crate::allocate::sensitivity::Table;
 use crate::objective::{Backwards, TokenWeight, TokenWeights};
 use crate::packed::{self, ExpertRounding};
-use crate::plan::{self, Measured, Plan, Shape};
+use crate::plan::{self, Experts, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
+use crate::reduce::resample::{self, Sureness};
+use crate::reduce::{self, Request};
 use crate::report::{Balance, Calibration, Cost, ModelRow, OutputRow, Report, markdown_report};
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
@@ -34,11 +36,13 @@ pub(super) struct Work<'a> {
     folder: &'a Folder,
     device: Device,
     samples: OnceCell<Samples>,
+    /// The reduced model, where one is asked for and made.
+    reduced: OnceCell<(Model, Shape)>,
 }
 
 impl<'a> Work<'a> {
     pub fn new(recipe: &'a Recipe, out: &'a Path, model: &'a Model, shape: &'a Shape, folder: &'a Folder, device: Device) -> Self {
-        Self { recipe, out, model, shape, folder, device, samples: OnceCell::new() }
+        Self { recipe, out, model, shape, folder, device, samples: OnceCell::new(), reduced: OnceCell::new() }
     }
 
     /// The stages up to `until` that the recipe asks for and that are not done.
@@ -47,6 +51,7 @@ impl<'a> Work<'a> {
         for stage in Stage::ALL.into_iter().filter(|stage| *stage <= until) {
             let asked = match stage {
                 Stage::Calibrate => self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only(),
+                Stage::Reduce => self.recipe.reduces() && !self.model.checkpoint().is_shape_only(),
                 Stage::Evaluate => self.recipe.evaluate.is_some(),
                 _ => true,
             };
@@ -69,7 +74,7 @@ impl<'a> Work<'a> {
     /// Reads every text that the stages will need, so that a text that is too short is found now. A sampler that runs the model
     /// chooses in its stage.
     pub fn look_ahead(&self, todo: &[Stage]) -> Result<()> {
-        let sampled = [Stage::Calibrate, Stage::Apply].iter().any(|stage| todo.contains(stage));
+        let sampled = [Stage::Calibrate, Stage::Reduce, Stage::Apply].iter().any(|stage| todo.contains(stage));
         if let Some(asked) = self.recipe.calibrate.as_ref().filter(|_| sampled && !self.model.checkpoint().is_shape_only()) {
             match asked.sampler {
                 Sampler::Balanced(_) => drop(Corpus::of(&asked.corpus, &self.tokenizer()?)?),
@@ -87,6 +92,7 @@ impl<'a> Work<'a> {
     pub fn stage(&self, stage: Stage, progress: &dyn Progress) -> Result<()> {
         match stage {
             Stage::Calibrate => self.calibrate(progress),
+            Stage::Reduce => self.reduce(progress),
             Stage::Plan => self.plan(),
             Stage::Apply => self.apply(progress),
             Stage::Export => self.export(progress),
@@ -135,22 +141,94 @@ impl<'a> Work<'a> {
     }
 
     fn calibrate(&self, progress: &dyn Progress) -> Result<()> {
+        // A reduced model is surveyed itself, once it is there.
+        let survey = if self.recipe.reduces() { None } else { self.mixed() };
+        self.measure((self.model, self.shape), &self.store(), survey, self.folder.dir(), progress)
+    }
+
+    /// Measures a model on the samples, and fills a table of losses in `dir` where widths are shared out.
+    fn measure(
+        &self,
+        (model, shape): (&Model, &Shape),
+        store: &Store,
+        mixed: Option<(&Quantizer, &Allocate)>,
+        dir: &Path,
+        progress: &dyn Progress,
+    ) -> Result<()> {
         let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples(progress)?) else { return Ok(()) };
-        let (store, fingerprint) = (self.store(), self.shape.fingerprint.as_str());
-        let (mixed, tokens) = (self.mixed(), samples.total_tokens() as u64);
-        let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, self.shape)).unwrap_or_default();
+        let (fingerprint, tokens) = (shape.fingerprint.as_str(), samples.total_tokens() as u64);
+        let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, shape)).unwrap_or_default();
         let survey = mixed.map(|(quantizer, allocate)| {
             let what = (allocate.cost, allocate.fill, allocate.options());
-            Survey::new(self.model, quantizer, &matrices, what, (tokens, asked.undercalibrated), self.folder.dir())
+            Survey::new(model, quantizer, &matrices, what, (tokens, asked.undercalibrated), dir)
         });
         let watch = survey.as_ref().and_then(Survey::watch);
-        let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
+        let pass = Pass { weights: model, fingerprint, samples, calibrate: asked, store, watch, progress };
         let layers = pass::run(&pass, self.device)?.layers;
         let weights = TokenWeights::new(self.folder.dir(), fingerprint, &samples.hash());
         let asked = self.recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
-        let backwards = Backwards { survey: survey.as_ref(), weights: asked.then_some(&weights) };
-        backwards.run(self.model, samples, self.folder.dir(), self.device, progress)?;
+        // Tokens are weighed where codes will be chosen.
+        let compressed = !self.recipe.reduces() || fingerprint != self.shape.fingerprint;
+        let backwards = Backwards { survey: survey.as_ref(), weights: (asked && compressed).then_some(&weights) };
+        backwards.run(model, samples, dir, self.device, progress)?;
         survey.map_or(Ok(()), |survey| survey.finish(layers, samples.hash()))
+    }
+
+    /// Chooses the experts that stay; where quantizers need to know what enters the matrices of the model that is left, measures it too.
+    fn reduce(&self, progress: &dyn Progress) -> Result<()> {
+        let Some(samples) = self.samples(progress)? else { return Ok(()) };
+        // What an interrupted run left is of the same recipe, but no part of it is known to be whole.
+        let dir = self.reduced_dir();
+        if !self.folder.path("experts.json").is_file() {
+            remove(&dir)?;
+            reduce::run(&self.request(samples, &self.store(), progress))?;
+        }
+        let (model, shape) = self.subject()?;
+        let asked = self.mixed().is_some() || self.recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration);
+        if asked {
+            self.measure((model, shape), &Store::new(dir.join("stats")), self.mixed(), &dir, progress)?;
+        }
+        Ok(())
+    }
+
+    fn request<'b>(&'b self, samples: &'b Samples, store: &'b Store, progress: &'b dyn Progress) -> Request<'b> {
+        Request {
+            model: self.model,
+            pruner: self.recipe.prune.as_ref(),
+            merger: self.recipe.merge.as_ref(),
+            repair: self.recipe.repair.as_ref().and_then(|repair| repair.removal.as_ref()),
+            samples,
+            device: self.device,
+            progress,
+            store,
+            dir: self.folder.dir(),
+        }
+    }
+
+    /// How sure the choice of experts is; `None` where the recipe has no calibration.
+    pub fn sureness(&self, progress: &dyn Progress) -> Result<Option<Sureness>> {
+        let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples(progress)?) else { return Ok(None) };
+        let (store, experts) = (self.store(), Experts::read(&self.folder.path("experts.json"))?);
+        let request = self.request(samples, &store, progress);
+        resample::sureness(&request, &experts, asked, &self.folder.path("resampled")).map(Some)
+    }
+
+    /// The model that is compressed: the reduced one where experts go, else the original.
+    fn subject(&self) -> Result<(&Model, &Shape)> {
+        if !self.recipe.reduces() || self.model.checkpoint().is_shape_only() {
+            return Ok((self.model, self.shape));
+        }
+        if self.reduced.get().is_none() {
+            let model = reduce::open(self.model, self.folder.dir())?;
+            let shape = Shape::of(&model);
+            // Nobody else can have filled it: the cell is this thread's own.
+            let _ = self.reduced.set((model, shape));
+        }
+        Ok(self.reduced.get().map_or((self.model, self.shape), |(model, shape)| (model, shape)))
+    }
+
+    fn reduced_dir(&self) -> std::path::PathBuf {
+        self.folder.path("reduced")
     }
 
     /// The quantizer and the budget, where widths are shared out.
@@ -158,19 +236,36 @@ impl<'a> Work<'a> {
         self.recipe.quantize.as_ref().zip(self.recipe.allocate.as_ref().filter(|allocate| allocate.is_mixed()))
     }
 
-    /// The table that the calibration pass left, where widths are shared out.
-    fn table(&self) -> Result<Option<Table>> {
-        let path = self.folder.path("sensitivity.json");
+    /// The table of losses, where widths are shared out.
+    fn table(&self, dir: &Path) -> Result<Option<Table>> {
+        let path = dir.join("sensitivity.json");
         let read = |_| serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path: path.clone(), source });
         self.mixed().map(read).transpose()
     }
 
     fn plan(&self) -> Result<()> {
-        let asked = self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only();
-        let measured = if asked { Some(Measured::read(&self.store(), self.table()?)?) } else { None };
-        let plan = plan::make(self.recipe, self.shape, measured.as_ref())?;
+        let whole = !self.model.checkpoint().is_shape_only();
+        let (_, shape) = self.subject()?;
+        let left = if whole { shape.clone() } else { super::ahead::left(self.recipe, self.model, shape) };
+        let mut plan = plan::make(self.recipe, &left, self.measured()?.as_ref())?;
+        if self.recipe.reduces() && whole {
+            plan.experts = Some(Experts::read(&self.folder.path("experts.json"))?);
+        }
         let text = serde_json::to_string_pretty(&plan).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("plan.json"), text.as_bytes())
+    }
+
+    /// What was measured of the model that is compressed; `None` where nothing was.
+    fn measured(&self) -> Result<Option<Measured>> {
+        if self.recipe.calibrate.is_none() || self.model.checkpoint().is_shape_only() {
+            return Ok(None);
+        }
+        let reduced = Store::new(self.reduced_dir().join("stats"));
+        match self.recipe.reduces() {
+            true if reduced.manifest()?.is_none() => Ok(None),
+            true => Ok(Some(Measured::read(&reduced, self.table(&self.reduced_dir())?)?)),
+            false => Ok(Some(Measured::read(&self.store(), self.table(self.folder.dir())?)?)),
+        }
     }
 
     /// What solving came to.
@@ -186,14 +281,14 @@ impl<'a> Work<'a> {
     fn apply(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
         let samples = self.samples(progress)?.map(|samples| samples.ids.as_slice());
-        let outcome = apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
+        let outcome = apply::solve(self.subject()?.0, &plan, samples, self.folder.dir(), self.device, progress)?;
         let text = serde_json::to_string_pretty(&outcome).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("outcome.json"), text.as_bytes())
     }
 
     fn export(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
-        for written in apply::write(self.model, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)? {
+        for written in apply::write(self.subject()?.0, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)? {
             written.notes.iter().for_each(|note| tracing::warn!("{}: {note}", written.format));
         }
         self.write_report(None)
@@ -222,7 +317,7 @@ impl<'a> Work<'a> {
     }
 
     fn write_report(&self, evaluation: Option<calib::evaluate::Report>) -> Result<()> {
-        let plan = self.read_plan()?.summary(self.shape);
+        let plan = self.read_plan()?.summary(self.subject()?.1);
         let mut outputs = Vec::new();
         for (format, folder) in self.output_folders() {
             outputs.push(OutputRow { format: format.to_owned(), folder: folder.to_owned(), bytes: weight_bytes(&self.out.join(folder))? });
