@@ -21,10 +21,9 @@ use calib::stats::{GateSums, Moment};
 use calib::{Model, Weights};
 use ndarray::{Array2, ArrayView2};
 
-use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Table, Wanted, row_weights};
+use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Solver, Table, Wanted, row_weights};
 use crate::allocate::{Choice, Cost, Fill, Matrix};
 use crate::apply::boxed;
-use crate::quantize::Quantizer;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result};
 
@@ -34,7 +33,7 @@ const SAMPLE: usize = 16;
 /// Fills a table.
 pub struct Survey<'a> {
     model: &'a Model,
-    quantizer: &'a Quantizer,
+    solver: Solver<'a>,
     cost: Cost,
     fill: Fill,
     choices: Vec<Choice>,
@@ -60,7 +59,7 @@ impl<'a> Survey<'a> {
     /// A table over `matrices` as far as the cost covers them.
     pub fn new(
         model: &'a Model,
-        quantizer: &'a Quantizer,
+        solver: Solver<'a>,
         matrices: &'a [Matrix],
         (cost, fill, choices): (Cost, Fill, Vec<Choice>),
         tokens: u64,
@@ -74,7 +73,7 @@ impl<'a> Survey<'a> {
         }
         Self {
             model,
-            quantizer,
+            solver,
             cost,
             fill,
             choices,
@@ -190,7 +189,7 @@ impl<'a> Survey<'a> {
     ) -> Result<()> {
         let Some(jobs) = self.jobs.get(&(layer, site)) else { return Ok(()) };
         let wanted = self.wanted(site);
-        let shared = Shared::new(moment, &self.choices, self.quantizer, unit, wanted)?;
+        let shared = Shared::new(moment, &self.choices, self.solver, unit, wanted)?;
         for job in jobs {
             let w = self.model.matrix(Role::Layer(job.layer, job.part))?;
             let (rounded, solved) = shared.losses(w.view(), rows(job.part), job.scale, wanted)?;

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::knobs::{Choice, Cost, Fill};
 use crate::Result;
 use crate::quantize::factor::{Factor, factorize};
-use crate::quantize::{Quantizer, gptq, hqq, rtn};
+use crate::quantize::{Quantizer, Refine, descent, gptq, hqq, rtn};
 
 /// Losses of one matrix, `[choices]`; `None` where the choice does not fit the matrix.
 pub type Losses = Vec<Option<f64>>;
@@ -134,6 +134,15 @@ pub fn row_errors(change: &Array2<f32>, h: &Array2<f32>) -> Vec<f64> {
     change.rows().into_iter().zip(through.rows()).map(row).collect()
 }
 
+/// Who will choose the codes, and what improves them: losses are those that they leave.
+#[derive(Clone, Copy, Debug)]
+pub struct Solver<'a> {
+    /// The quantizer.
+    pub quantizer: &'a Quantizer,
+    /// What improves its codes.
+    pub refine: Option<&'a Refine>,
+}
+
 /// A site's second moment with everything that its matrices share.
 pub struct Shared<'a> {
     h: Array2<f32>,
@@ -141,7 +150,7 @@ pub struct Shared<'a> {
     /// `None` where the quantizer rounds, or no token came.
     factor: Option<Factor>,
     choices: &'a [Choice],
-    quantizer: &'a Quantizer,
+    solver: Solver<'a>,
     /// What a sum over tokens is multiplied by.
     unit: f64,
 }
@@ -163,17 +172,17 @@ impl<'a> Shared<'a> {
     /// # Errors
     ///
     /// As [`factorize`].
-    pub fn new(h: Array2<f32>, choices: &'a [Choice], quantizer: &'a Quantizer, unit: f64, wanted: Wanted) -> Result<Self> {
+    pub fn new(h: Array2<f32>, choices: &'a [Choice], solver: Solver<'a>, unit: f64, wanted: Wanted) -> Result<Self> {
         let diagonal = h.diag().to_vec();
         let inputs = diagonal.len();
         let groups: Vec<_> = choices.iter().filter(|c| c.width(ScaleType::Bf16).group_len(inputs).is_ok()).map(|c| c.group).collect();
-        let factor = match quantizer {
+        let factor = match solver.quantizer {
             Quantizer::Gptq(params) if wanted != Wanted::Rounded && !groups.is_empty() && diagonal.iter().any(|&d| d > 0.0) => {
                 Some(factorize(h.view(), &groups, params)?)
             }
             _ => None,
         };
-        Ok(Self { h, diagonal, factor, choices, quantizer, unit })
+        Ok(Self { h, diagonal, factor, choices, solver, unit })
     }
 
     /// Losses of one matrix `w`, `[out, in]`, whose rows count `rows` each, `[out]`; `None`: 1 each.
@@ -191,21 +200,26 @@ impl<'a> Shared<'a> {
                 rounded.push(fits.then(loss).transpose()?);
             }
             if wanted != Wanted::Rounded {
-                let loss = || -> Result<f64> {
-                    let matrix = match (&self.factor, self.quantizer) {
-                        (Some(factor), Quantizer::Gptq(params)) => gptq::gptq(w, factor, &width, params)?.matrix.dequantize(),
-                        _ => self.round(w, &width)?,
-                    };
-                    Ok(self.loss(w, rows, &matrix))
-                };
+                let loss = || -> Result<f64> { Ok(self.loss(w, rows, &self.solve(w, &width)?)) };
                 solved.push(fits.then(loss).transpose()?);
             }
         }
         Ok((rounded, solved))
     }
 
+    /// What the solver makes of `w`, dequantized: refined by descent where that is asked for.
+    fn solve(&self, w: ArrayView2<'_, f32>, width: &crate::quantize::Width) -> Result<Array2<f32>> {
+        let (Some(factor), Quantizer::Gptq(params)) = (&self.factor, self.solver.quantizer) else { return self.round(w, width) };
+        let solved = gptq::gptq(w, factor, width, params)?.matrix;
+        Ok(match self.solver.refine {
+            Some(Refine::Descent(params)) => descent::descent(w, &solved, self.h.view(), factor.lambda(), params)?.matrix,
+            None => solved,
+        }
+        .dequantize())
+    }
+
     fn round(&self, w: ArrayView2<'_, f32>, width: &crate::quantize::Width) -> Result<Array2<f32>> {
-        Ok(match self.quantizer {
+        Ok(match self.solver.quantizer {
             Quantizer::Rtn(params) => rtn::rtn(w, width, params)?,
             Quantizer::Hqq(_) => hqq::hqq(w, width)?,
             Quantizer::Gptq(params) => rtn::rtn_weighted(w, &self.diagonal, width, &rtn::Params { clips: params.clips })?,
@@ -280,10 +294,11 @@ mod tests {
         };
         let choices = [Choice { bits: 3, group: Group::Size(64), grid: Grid::Asym }];
         let quantizer = Quantizer::Gptq(gptq::Params::default());
+        let solver = Solver { quantizer: &quantizer, refine: None };
         for (which, w, h, rows) in
             [(0, &gate, moment(&x), Some(&gate_rows)), (1, &up, moment(&x), Some(&up_rows)), (2, &down, moment(&inner), None)]
         {
-            let shared = Shared::new(h, &choices, &quantizer, 1.0 / tokens as f64, Wanted::Both).unwrap();
+            let shared = Shared::new(h, &choices, solver, 1.0 / tokens as f64, Wanted::Both).unwrap();
             let (rounded, solved) = shared.losses(w.view(), rows.map(Vec::as_slice), ScaleType::Bf16, Wanted::Both).unwrap();
             assert!(solved[0].unwrap() < rounded[0].unwrap());
             let width = choices[0].width(ScaleType::Bf16);
@@ -318,11 +333,28 @@ mod tests {
     }
 
     #[test]
+    fn losses_are_those_after_the_refinement() {
+        let (w, x) = (noise(32, 64, 6), noise(256, 64, 7));
+        let h = product(x.t(), x.view());
+        let choices = [Choice { bits: 2, group: Group::Size(32), grid: Grid::Sym }];
+        let quantizer = Quantizer::Gptq(gptq::Params::default());
+        let refine = Refine::Descent(descent::Params::default());
+        let loss = |refine: Option<&Refine>| {
+            let solver = Solver { quantizer: &quantizer, refine };
+            let shared = Shared::new(h.clone(), &choices, solver, 1.0, Wanted::Solved).unwrap();
+            shared.losses(w.view(), None, ScaleType::Bf16, Wanted::Solved).unwrap().1[0].unwrap()
+        };
+        let (plain, refined) = (loss(None), loss(Some(&refine)));
+        assert!(refined < 0.98 * plain, "{refined} after {plain}");
+    }
+
+    #[test]
     fn a_choice_that_does_not_fit_has_no_loss() {
         let choices =
             [Choice { bits: 2, group: Group::Size(3), grid: Grid::Sym }, Choice { bits: 2, group: Group::Size(4), grid: Grid::Sym }];
         let quantizer = Quantizer::Gptq(gptq::Params::default());
-        let shared = Shared::new(Array2::eye(8), &choices, &quantizer, 1.0, Wanted::Solved).unwrap();
+        let solver = Solver { quantizer: &quantizer, refine: None };
+        let shared = Shared::new(Array2::eye(8), &choices, solver, 1.0, Wanted::Solved).unwrap();
         let (rounded, solved) = shared.losses(noise(4, 8, 5).view(), None, ScaleType::Bf16, Wanted::Solved).unwrap();
         assert!(rounded.is_empty() && solved[0].is_none() && solved[1].is_some());
     }

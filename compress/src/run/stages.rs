@@ -14,7 +14,7 @@ use calib::{Model, Weights};
 
 use super::folder::{Folder, Stage, remove};
 use crate::allocate::Allocate;
-use crate::allocate::sensitivity::Table;
+use crate::allocate::sensitivity::{Solver, Table};
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
@@ -138,7 +138,8 @@ impl<'a> Work<'a> {
         let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, self.shape)).unwrap_or_default();
         let survey = mixed.map(|(quantizer, allocate)| {
             let what = (allocate.cost, allocate.fill, allocate.options());
-            Survey::new(self.model, quantizer, &matrices, what, tokens, self.folder.dir())
+            let solver = Solver { quantizer, refine: self.recipe.refine.as_ref() };
+            Survey::new(self.model, solver, &matrices, what, tokens, self.folder.dir())
         });
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
