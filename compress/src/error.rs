@@ -36,6 +36,15 @@ pub enum Error {
     #[error(transparent)]
     Undecided(#[from] crate::allocate::Undecided),
 
+    /// Widths that another tool has none of.
+    #[error("{tool} cannot be told this plan: {what}; choose other widths in allocate.choices or another runtime")]
+    Foreign {
+        /// The tool.
+        tool: &'static str,
+        /// What it has none of.
+        what: String,
+    },
+
     // ---- quantize ----
     /// Codes, scales or packed words that do not hold together.
     #[error(transparent)]

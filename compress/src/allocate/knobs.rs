@@ -228,6 +228,38 @@ impl Limits {
     }
 }
 
+/// Layers on one device, and the bytes that it has for their quantized matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceBytes {
+    /// First and last decoder layer.
+    pub layers: [usize; 2],
+    /// Bytes, such as "24GB".
+    pub bytes: Size,
+}
+
+/// What a token may take in the kernels of the quantized matrices.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Speed {
+    /// Seconds a token, at most; an expert's matrices count as often as calibration tokens reach it.
+    #[schemars(range(min = 0.0))]
+    pub seconds_per_token: f64,
+    /// What each width takes, one entry a number of bits.
+    pub kernels: Vec<Kernel>,
+}
+
+/// What a kernel takes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// Bits a code.
+    pub bits: u8,
+    /// Nanoseconds for a million weights.
+    #[schemars(range(min = 0.0))]
+    pub nanoseconds_per_million: f64,
+}
+
 /// What a width is predicted to cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

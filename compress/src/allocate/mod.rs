@@ -11,6 +11,7 @@ mod knobs;
 pub mod pmq;
 pub mod program;
 pub mod sensitivity;
+pub mod several;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub use constraints::{Constraints, GateUp, Matrix, Packed, Runtime};
 pub use decide::{Account, Decision, Undecided};
 pub use glob::Glob;
-pub use knobs::{Choice, ChoiceKnob, Cost, Fill, GroupKnob, Limits, Size};
+pub use knobs::{Choice, ChoiceKnob, Cost, DeviceBytes, Fill, GroupKnob, Kernel, Limits, Size, Speed};
 
 use crate::quantize::Grid;
 
@@ -66,6 +67,12 @@ pub struct Allocate {
     /// How much of the table of costs is solved.
     #[serde(default)]
     pub fill: Fill,
+    /// Bytes that each of several devices has for the quantized matrices of its layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceBytes>,
+    /// Time that a token may take in the kernels of the quantized matrices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Speed>,
     /// Matrices that keep the source's dtype: globs over module or tensor names (`*` any run of characters, `?` one).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude: Vec<String>,

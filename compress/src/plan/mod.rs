@@ -2,8 +2,10 @@
 //!
 //! `plan.json` holds no time stamp and no absolute path, and its keys are sorted: the same inputs give the same bytes.
 
+pub mod foreign;
 mod shape;
 mod summary;
+mod sweep;
 mod widths;
 
 use std::collections::BTreeMap;
@@ -18,8 +20,10 @@ use crate::quantize::{self, Grid, Quantizer, Refine};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
+pub use foreign::Tool;
 pub use shape::{Measured, Seen, Shape, Tensor};
 pub use summary::Summary;
+pub use sweep::{Point, Range, Sweep, sweep};
 use widths::Widths;
 pub use widths::matrices;
 
@@ -113,7 +117,7 @@ pub enum Solver {
 pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Result<Plan> {
     let quantizer = recipe.quantize.clone();
     let widths = match (&quantizer, &recipe.allocate) {
-        (Some(_), Some(allocate)) => Some(Widths::decide(allocate, shape, measured.and_then(|m| m.table.as_ref()))?),
+        (Some(_), Some(allocate)) => Some(Widths::decide(allocate, shape, measured)?),
         _ => None,
     };
     let solved = measured.filter(|_| quantizer.as_ref().is_some_and(Quantizer::needs_calibration));

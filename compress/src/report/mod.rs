@@ -3,6 +3,7 @@
 //! `report.json` and `report.md` hold nothing that depends on the clock or the machine: the same inputs give the same bytes.
 //! What a stage cost stands in its marker, and is shown beside the report.
 
+pub mod curve;
 mod render;
 mod table;
 mod usage;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::plan::Summary;
 use crate::{Error, Result};
 
-pub use render::{coverage, evaluation, markdown_report, plan, text_report};
+pub use render::{coverage, estimate, evaluation, markdown_report, plan, text_report};
 pub use table::{bytes, count, markdown, memory, seconds, table};
 pub use usage::{Cost, Meter};
 
