@@ -112,6 +112,7 @@ fn rounding_and_exporting_hold_a_few_matrices() {
         model: model.checkpoint().fingerprint().to_owned(),
         corpus: None,
         quantizer: Some(Quantizer::Rtn(rtn::Params::default())),
+        objective: Default::default(),
         refine: None,
         allocation: None,
         tensors: model.layout().roles().map(|(role, name)| (name.to_owned(), action(role))).collect(),

@@ -10,6 +10,7 @@ pub mod cli;
 pub mod dump;
 mod error;
 pub mod export;
+pub mod objective;
 pub mod packed;
 pub mod plan;
 pub mod quantize;

@@ -9,13 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use calib::arch::{Kind, Part, Projection, Role, Site};
-use calib::backward::{self, Backward, Receive, Scratch};
-use calib::device::Device;
+use calib::backward::Receive;
 use calib::forward::Routed;
-use calib::linalg::product;
 use calib::pass::Watch;
-use calib::progress::Progress;
-use calib::sample::Samples;
 use calib::stats::end_loss::{LayerWeights, SiteLoss};
 use calib::stats::{GateSums, Moment};
 use calib::{Model, Weights};
@@ -24,6 +20,7 @@ use ndarray::{Array2, ArrayView2};
 use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Solver, Table, Wanted, row_weights};
 use crate::allocate::{Choice, Cost, Fill, Matrix};
 use crate::apply::boxed;
+use crate::objective::Coefficients;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result};
 
@@ -47,8 +44,7 @@ pub struct Survey<'a> {
     /// What gate and up gave, by the site of down.
     gates: Mutex<HashMap<Site, GateSums>>,
     entries: Mutex<BTreeMap<String, Entry>>,
-    /// Weights that the shared expert's gate gave the last rows: those that enter its down next.
-    gated: Mutex<Vec<f32>>,
+    coefficients: Coefficients<'a>,
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -83,7 +79,7 @@ impl<'a> Survey<'a> {
             moments: Mutex::default(),
             gates: Mutex::default(),
             entries: Mutex::default(),
-            gated: Mutex::default(),
+            coefficients: Coefficients::new(model),
         }
     }
 
@@ -91,22 +87,9 @@ impl<'a> Survey<'a> {
         self.dir.join(format!("sensitivity/layer-{layer:05}.json"))
     }
 
-    /// Fills the table by a backward pass, for the costs that need one; what an earlier run finished is not done again.
-    ///
-    /// # Errors
-    ///
-    /// As [`backward::run`].
-    pub fn run(&self, samples: &Samples, device: Device, progress: &dyn Progress) -> Result<()> {
-        if self.cost != Cost::EndLoss || self.dir.join("sensitivity.json").is_file() {
-            return Ok(());
-        }
-        let folder = self.dir.join("sensitivity/backward");
-        fs_err::create_dir_all(&folder)?;
-        let model = self.model.checkpoint().fingerprint().to_owned();
-        let key = [("model files".to_owned(), model), ("calibration samples".to_owned(), samples.hash())];
-        let (params, scratch) = (backward::Params::default(), Scratch::Disk(&folder, key.into()));
-        let pass = Backward { weights: self.model, ids: &samples.ids, params: &params, scratch: &scratch, progress };
-        Ok(backward::run(&pass, self, device)?)
+    /// Whether the table waits for a backward pass.
+    pub fn goes_backward(&self) -> bool {
+        self.cost == Cost::EndLoss && !self.dir.join("sensitivity.json").is_file()
     }
 
     /// The watcher of the measuring pass, for the costs that need no other.
@@ -145,24 +128,11 @@ impl<'a> Survey<'a> {
         Ok(())
     }
 
-    /// The weight of every row: what multiplies the MLP's output.
-    fn weights(&self, layer: usize, site: Site, rows: ArrayView2<'_, f32>, routed: Option<&Routed>) -> Result<Vec<f32>> {
-        let gate = Role::Layer(layer, Part::SharedGate);
-        Ok(match (routed, site) {
-            (Some(routed), _) => routed.weights.clone(),
-            (None, Site::SharedIn) if self.model.layout().name(gate).is_some() => {
-                let logits = product(rows, self.model.matrix(gate)?.t());
-                let weights: Vec<f32> = logits.iter().map(|z| 1.0 / (1.0 + (-z).exp())).collect();
-                held(&self.gated).clone_from(&weights);
-                weights
-            }
-            (None, Site::SharedDown) if self.model.layout().name(gate).is_some() => std::mem::take(&mut held(&self.gated)),
-            _ => vec![1.0; rows.nrows()],
-        })
-    }
-
     fn add(&self, layer: usize, site: Site, rows: ArrayView2<'_, f32>, routed: Option<&Routed>) -> Result<()> {
-        let weights: Vec<f32> = self.weights(layer, site, rows, routed)?.iter().map(|c| c * c).collect();
+        let weights: Vec<f32> = self.coefficients.of(layer, site, rows, routed)?.iter().map(|c| c * c).collect();
+        if !self.jobs.contains_key(&(layer, site)) {
+            return Ok(());
+        }
         // Taken out while it grows, so that other sites are not kept waiting.
         let mut moment = held(&self.moments).remove(&site).unwrap_or_else(|| Moment::new(rows.ncols()));
         moment.add(rows, Some(&weights));
@@ -248,7 +218,8 @@ fn like(matrix: &Matrix) -> String {
 
 impl Watch for Survey<'_> {
     fn wants(&self, layer: usize, site: Site) -> bool {
-        self.jobs.contains_key(&(layer, site))
+        let wanted = |site| self.jobs.contains_key(&(layer, site));
+        wanted(site) || self.coefficients.needs(layer, site, wanted)
     }
 
     fn rows(&self, layer: usize, site: Site, rows: &[f32], width: usize, routed: Option<&Routed>) -> calib::Result<()> {

@@ -35,6 +35,7 @@ use rayon::prelude::*;
 pub use output::{contents_of, write};
 pub(crate) use tokens::boxed;
 
+use crate::objective::TokenWeights;
 use crate::plan::{Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
 use crate::quantize::{Quantizer, hqq};
@@ -86,7 +87,8 @@ pub fn solve(
             snapshots.remove()?;
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
-        device.run(Run { stream, model, plan, layers: &layers, solved: &solved })?;
+        let weights = TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default());
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights })?;
     } else {
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
@@ -108,6 +110,7 @@ struct Run<'a> {
     plan: &'a Plan,
     layers: &'a [Vec<Job<'a>>],
     solved: &'a Solved,
+    weights: TokenWeights,
 }
 
 impl DeviceJob for Run<'_> {
@@ -128,7 +131,7 @@ impl Run<'_> {
         }
         let file = self.solved.create(layer, &declared(jobs))?;
         round(self.model, self.plan, jobs, &file)?;
-        let solver = tokens::Solver::new(self.model, self.plan, jobs, &file);
+        let solver = tokens::Solver::new(self.model, self.plan, (layer, jobs), &file, &self.weights)?;
         let tap: &dyn Tap<B> = match &solver {
             Some(solver) => solver,
             None => &NoTap,

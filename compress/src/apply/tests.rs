@@ -1,5 +1,7 @@
 //! Whole ways through `solve` and `write` on the tiny checkpoints of every family.
 
+mod objective;
+
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -48,6 +50,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         model: model.checkpoint().fingerprint().to_owned(),
         corpus: None,
         quantizer: Some(quantizer),
+        objective: Default::default(),
         refine: None,
         allocation: None,
         tensors,

@@ -16,6 +16,7 @@ use kernels::Group;
 use ndarray::ArrayView2;
 
 use super::work::Job;
+use crate::objective::{Rows, TokenWeights};
 use crate::plan::Plan;
 use crate::quantize::factor::factorize;
 use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
@@ -28,32 +29,47 @@ pub struct Solver<'a> {
     params: &'a gptq::Params,
     refine: Option<&'a Refine>,
     file: &'a LayerFile,
+    rows: Rows<'a>,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
 }
 
 impl<'a> Solver<'a> {
     /// Those of `jobs` that need tokens.
-    pub fn new(model: &'a Model, plan: &'a Plan, jobs: &'a [Job<'a>], file: &'a LayerFile) -> Option<Self> {
-        let Some(Quantizer::Gptq(params)) = &plan.quantizer else { return None };
+    ///
+    /// # Errors
+    ///
+    /// As [`Rows::new`].
+    pub fn new(
+        model: &'a Model,
+        plan: &'a Plan,
+        (layer, jobs): (usize, &'a [Job<'a>]),
+        file: &'a LayerFile,
+        weights: &TokenWeights,
+    ) -> Result<Option<Self>> {
+        let Some(Quantizer::Gptq(params)) = &plan.quantizer else { return Ok(None) };
         let mut by_site: BTreeMap<Site, Vec<&Job<'_>>> = BTreeMap::new();
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
             by_site.entry(job.site).or_default().push(job);
         }
-        Some(Self { model, params, refine: plan.refine.as_ref(), file, jobs: by_site, moments: Mutex::default() })
+        let rows = Rows::new(&plan.objective, model, layer, weights)?;
+        Ok(Some(Self { model, params, refine: plan.refine.as_ref(), file, rows, jobs: by_site, moments: Mutex::default() }))
     }
 
     fn take(&self, site: Site) -> Option<Moment> {
         self.moments.lock().unwrap_or_else(PoisonError::into_inner).remove(&site)
     }
 
-    fn add<B: Backend>(&self, site: Site, rows: &Tensor<B, 2>) -> calib::Result<()> {
+    fn add<B: Backend>(&self, (layer, site): (usize, Site), rows: &Tensor<B, 2>, routed: Option<&Routed>) -> Result<()> {
         let [count, width] = rows.dims();
-        let mut moment = self.take(site).unwrap_or_else(|| Moment::new(width));
         let values = values(rows.clone(), "inputs of a site")?;
-        if let Ok(rows) = ArrayView2::from_shape((count, width), &values) {
-            moment.add(rows, None);
+        let Ok(rows) = ArrayView2::from_shape((count, width), &values) else { return Ok(()) };
+        let weights = self.rows.take(layer, site, rows, routed)?;
+        if !self.jobs.contains_key(&site) {
+            return Ok(());
         }
+        let mut moment = self.take(site).unwrap_or_else(|| Moment::new(width));
+        moment.add(rows, weights.as_deref());
         self.moments.lock().unwrap_or_else(PoisonError::into_inner).insert(site, moment);
         Ok(())
     }
@@ -90,12 +106,13 @@ pub(crate) fn boxed(error: Error) -> calib::Error {
 }
 
 impl<B: Backend> Tap<B> for Solver<'_> {
-    fn wants(&self, _: usize, site: Site) -> bool {
-        self.jobs.contains_key(&site)
+    fn wants(&self, layer: usize, site: Site) -> bool {
+        let wanted = |site| self.jobs.contains_key(&site);
+        wanted(site) || self.rows.needs(layer, site, wanted)
     }
 
-    fn rows(&self, _: usize, site: Site, rows: &Tensor<B, 2>, _: Option<&Routed>) -> calib::Result<()> {
-        self.add(site, rows)
+    fn rows(&self, layer: usize, site: Site, rows: &Tensor<B, 2>, routed: Option<&Routed>) -> calib::Result<()> {
+        self.add((layer, site), rows, routed).map_err(boxed)
     }
 
     fn done(&self, _: usize, site: Site) -> calib::Result<()> {

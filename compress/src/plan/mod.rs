@@ -16,6 +16,7 @@ use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Account, Choice};
+use crate::objective::Objective;
 use crate::quantize::{self, Grid, Quantizer, Refine};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
@@ -42,6 +43,9 @@ pub struct Plan {
     pub corpus: Option<String>,
     /// The solver of every tensor whose action says `Solver::Planned`.
     pub quantizer: Option<Quantizer>,
+    /// What the error of a token counts, for a quantizer that solves against tokens.
+    #[serde(default)]
+    pub objective: Objective,
     /// What improves the quantizer's codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
@@ -133,6 +137,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         model: shape.fingerprint.clone(),
         corpus: measured.map(|m| m.corpus.clone()),
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
+        objective: recipe.objective.clone().unwrap_or_default(),
         refine: recipe.refine.clone(),
         allocation: widths.and_then(|w| w.account),
         quantizer,

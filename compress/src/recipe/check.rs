@@ -7,6 +7,7 @@ use kernels::Group;
 
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
 use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
+use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
 use crate::quantize::{Grid, Quantizer};
 
@@ -49,6 +50,26 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     if recipe.refine.is_some() && !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
         let message = "there is nothing to refine against: the quantizer sees no tokens".to_owned();
         found.push(source.problem("refine", message, Some("name [quantize.gptq], or leave refine out".into())));
+    }
+    if let Some(objective) = &recipe.objective {
+        if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
+            let message = "there are no tokens to weigh: the quantizer sees none".to_owned();
+            found.push(source.problem("objective", message, Some("name [quantize.gptq], or leave objective out".into())));
+        }
+        match objective.power {
+            Some(_) if objective.token_weight != TokenWeight::Affinity => {
+                let message = "only the routing weight has a power".to_owned();
+                found.push(source.problem("objective.power", message, Some("use token_weight = \"affinity\", or leave it out".into())));
+            }
+            Some(power) if !(1..=2).contains(&power) => {
+                found.push(source.problem(
+                    "objective.power",
+                    format!("{power} is no power of the routing weight"),
+                    Some("use 1 or 2".into()),
+                ));
+            }
+            _ => {}
+        }
     }
     if let (Some(Quantizer::Hqq(_)), Some(allocate)) = (&recipe.quantize, &recipe.allocate)
         && allocate.options().iter().any(|choice| !matches!(choice.grid, Grid::Asym | Grid::Offset))

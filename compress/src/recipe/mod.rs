@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::allocate::Allocate;
 use crate::export::Exports;
+use crate::objective::Objective;
 use crate::quantize::{Quantizer, Refine};
 
 pub use check::{check, check_values};
@@ -44,6 +45,9 @@ pub struct Recipe {
     /// The texts that the model is measured on, for quantizers that need it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibrate: Option<Calibrate>,
+    /// What the error of a token counts, for quantizers that solve against calibration tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objective: Option<Objective>,
     /// The quantizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantizer>,

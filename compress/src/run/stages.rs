@@ -14,7 +14,12 @@ use calib::{Model, Weights};
 
 use super::folder::{Folder, Stage, remove};
 use crate::allocate::Allocate;
+<<<<<<< HEAD
 use crate::allocate::sensitivity::{Solver, Table};
+=======
+use crate::allocate::sensitivity::Table;
+use crate::objective::{Backwards, TokenWeight, TokenWeights};
+>>>>>>> 77930a1
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
@@ -144,9 +149,11 @@ impl<'a> Work<'a> {
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
         let layers = pass::run(&pass, self.device)?.layers;
-        let Some(survey) = survey else { return Ok(()) };
-        survey.run(samples, self.device, progress)?;
-        survey.finish(layers, samples.hash())
+        let weights = TokenWeights::new(self.folder.dir(), fingerprint, &samples.hash());
+        let asked = self.recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
+        let backwards = Backwards { survey: survey.as_ref(), weights: asked.then_some(&weights) };
+        backwards.run(self.model, samples, self.folder.dir(), self.device, progress)?;
+        survey.map_or(Ok(()), |survey| survey.finish(layers, samples.hash()))
     }
 
     /// The quantizer and the budget, where widths are shared out.

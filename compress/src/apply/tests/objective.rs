@@ -1,0 +1,69 @@
+//! Token weights on their way from a backward pass, or the router, to the codes.
+
+use calib::sample::Samples;
+use ndarray::Array2;
+
+use super::*;
+use crate::objective::{Backwards, Objective, TokenWeight, TokenWeights};
+
+fn weighted(model: &Model, token_weight: TokenWeight, power: Option<u8>) -> Plan {
+    Plan { objective: Objective { token_weight, power }, ..gptq_plan(model) }
+}
+
+fn drawn(model: &Model) -> Samples {
+    let ids = samples(model);
+    Samples { domains: vec!["a".into()], tokens: ids[0].len(), domain: vec![0; ids.len()], ids }
+}
+
+fn codes(model: &Model, plan: &Plan, dir: &Path, role: Role) -> Array2<f32> {
+    solve(model, plan, Some(&samples(model)), dir, Device::Cpu, &Quiet).unwrap();
+    let source = output::FromSolved::open(model, plan, dir).unwrap();
+    crate::export::Source::quantized(&source, model.layout().name(role).unwrap()).unwrap().dequantize()
+}
+
+#[test]
+fn weights_of_tokens_change_the_codes_that_they_reach_and_no_others() {
+    use calib::arch::Projection::{Down, Up};
+    let model = fixture("qwen2_moe");
+    let solved = |token_weight, power, role| {
+        let dir = tempfile::tempdir().unwrap();
+        codes(&model, &weighted(&model, token_weight, power), dir.path(), role)
+    };
+    for part in [Part::Expert(0, Up), Part::Expert(1, Down), Part::Shared(Up), Part::Shared(Down), Part::Query] {
+        let role = Role::Layer(0, part);
+        let none = solved(TokenWeight::None, None, role);
+        let (first, second) = (solved(TokenWeight::Affinity, Some(1), role), solved(TokenWeight::Affinity, None, role));
+        // Attention has no routing weight: every token counts 1.
+        assert_eq!((none == first, none == second), (part == Part::Query, part == Part::Query), "{part:?}");
+    }
+}
+
+#[test]
+fn a_backward_pass_leaves_its_weights_where_apply_finds_them() {
+    let (model, dir) = (fixture("qwen2_moe"), tempfile::tempdir().unwrap());
+    let samples = drawn(&model);
+    let plan = Plan { corpus: Some(samples.hash()), ..weighted(&model, TokenWeight::EndLoss, None) };
+    let run = |dir: &Path| solve(&model, &plan, Some(&samples.ids), dir, Device::Cpu, &Quiet);
+    let said = run(dir.path()).unwrap_err().to_string();
+    assert!(said.contains("token_weights") && said.contains("stage calibrate"), "{said}");
+    let store = TokenWeights::new(dir.path(), &plan.model, &samples.hash());
+    let pass = Backwards { survey: None, weights: Some(&store) };
+    pass.run(&model, &samples, dir.path(), Device::Cpu, &Quiet).unwrap();
+    assert!(store.is_finished().unwrap() && !dir.path().join("backward").exists());
+    assert_eq!(store.layer(0).unwrap().gradient.len(), samples.total_tokens());
+    run(dir.path()).unwrap();
+    let whole = solved_bytes(dir.path());
+    // Killed in the pass and resumed: the same weights, and so the same codes.
+    let killed = tempfile::tempdir().unwrap();
+    let store = TokenWeights::new(killed.path(), &plan.model, &samples.hash());
+    let pass = Backwards { survey: None, weights: Some(&store) };
+    let kill = Kill(AtomicU64::new(2));
+    let once = || pass.run(&model, &samples, killed.path(), Device::Cpu, &kill);
+    assert!(catch_unwind(AssertUnwindSafe(once)).is_err());
+    assert!(!store.is_finished().unwrap());
+    pass.run(&model, &samples, killed.path(), Device::Cpu, &Quiet).unwrap();
+    run(killed.path()).unwrap();
+    assert_eq!(solved_bytes(killed.path()), whole);
+    let other = TokenWeights::new(killed.path(), &plan.model, "other samples");
+    assert!(other.is_finished().unwrap_err().to_string().contains("other calibration samples"));
+}
