@@ -10,6 +10,7 @@ pub mod factor;
 pub mod gptq;
 mod grid;
 pub mod hqq;
+pub mod pmq;
 pub mod rtn;
 #[cfg(test)]
 mod testing;
