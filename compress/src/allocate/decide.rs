@@ -124,6 +124,18 @@ pub enum Undecided {
         /// Weights over which they are shared out.
         weights: u64,
     },
+    /// A layer's share of the bytes is too small for its experts, or for the presence rule.
+    #[error(
+        "layer {layer}: its share is {budget} bytes, its experts take {least} at the smallest widths, and the presence rule of allocate.pmq wants one of 3 and one of 2 bits; raise the budget, or say allocate.pmq.presence = \"free\""
+    )]
+    Layer {
+        /// The layer.
+        layer: usize,
+        /// Its share.
+        budget: u64,
+        /// Bytes of the smallest widths.
+        least: u64,
+    },
     /// A budget beside that of all bytes that is too small.
     #[error("{what}: {most:.6} are allowed, and the smallest widths that are allowed take {least:.6}; raise it or allow smaller widths")]
     Beside {
@@ -229,14 +241,24 @@ fn open(case: &Case<'_>, rules: &Constraints, members: &[usize]) -> Result<Vec<u
     Ok(open)
 }
 
-fn solve(case: &Case<'_>, budgets: &Budgets, rules: &Constraints, classes: &[Vec<usize>]) -> Result<Found, Undecided> {
+/// Choices that the members of each class may have together, and what they take and lose, `[classes][options]`.
+#[allow(clippy::type_complexity, reason = "two tables of the same shape")]
+pub(super) fn of_classes(
+    case: &Case<'_>,
+    rules: &Constraints,
+    classes: &[Vec<usize>],
+) -> Result<(Vec<Vec<usize>>, Vec<Vec<program::Choice>>), Undecided> {
     let options = classes.iter().map(|members| open(case, rules, members)).collect::<Result<Vec<_>, _>>()?;
     let option = |members: &[usize], o: usize| program::Choice {
         bytes: members.iter().map(|&m| rules.bytes(&case.matrices[m], &case.choices[o])).sum(),
         loss: members.iter().map(|&m| case.losses[m][o]).sum(),
     };
-    let program: Vec<Vec<program::Choice>> =
-        classes.iter().zip(&options).map(|(members, open)| open.iter().map(|&o| option(members, o)).collect()).collect();
+    let program = classes.iter().zip(&options).map(|(members, open)| open.iter().map(|&o| option(members, o)).collect()).collect();
+    Ok((options, program))
+}
+
+fn solve(case: &Case<'_>, budgets: &Budgets, rules: &Constraints, classes: &[Vec<usize>]) -> Result<Found, Undecided> {
+    let (options, program) = of_classes(case, rules, classes)?;
     let loss_of = |class: usize, option: usize, loss: f64| Undecided::Loss {
         name: case.matrices[classes[class][0]].name.clone(),
         choice: case.choices[options[class][option]],

@@ -3,6 +3,7 @@
 //! [`sensitivity`] says what a width is predicted to cost a matrix, [`constraints`] which matrices must share one and which widths there
 //! are, [`program`] finds the widths with the least total loss within a number of bytes, and [`decide`](decide::decide) joins the three.
 
+pub mod by_layer;
 pub mod constraints;
 pub mod decide;
 mod glob;
@@ -64,6 +65,9 @@ pub struct Allocate {
     /// What a width is predicted to cost.
     #[serde(default)]
     pub cost: Cost,
+    /// Knobs of the cost `pmq`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pmq: Option<pmq::Params>,
     /// How much of the table of costs is solved.
     #[serde(default)]
     pub fill: Fill,

@@ -9,6 +9,9 @@
 //! `u = W_u x` and the means are weighted with `c²`. A sum over the tokens that an expert saw, not their mean: how often it is used
 //! is part of what its error costs.
 //!
+//! `output` is the same error, measured at the MLP's output instead of derived; `pmq` is the cost of [`pmq`](super::pmq). `outlier` and
+//! `block_importance` are QuantMoE-Bench's scores, which say which matrices come first and nothing about widths.
+//!
 //! `end_loss` is nats of KL divergence at the end of the model ([`calib::stats::end_loss`]): `v` and `r` come from a backward pass.
 
 use std::collections::BTreeMap;
@@ -125,6 +128,25 @@ pub fn assumed(weights: u64, choices: &[Choice]) -> Vec<f64> {
     choices.iter().map(|c| weights as f64 * 0.25_f64.powi(i32::from(c.bits))).collect()
 }
 
+/// QuantMoE-Bench's outlier score of a matrix `[out, in]` (arXiv 2406.08155): the largest over its input columns of the column's largest
+/// weight over its mean one, in absolute values. A column of zeros has 0.
+pub fn outlier_score(w: ArrayView2<'_, f32>) -> f64 {
+    let score = |column: ndarray::ArrayView1<'_, f32>| {
+        let (largest, sum) = column.iter().fold((0.0_f64, 0.0_f64), |(most, sum), &w| {
+            let size = f64::from(w).abs();
+            (most.max(size), sum + size)
+        });
+        if sum > 0.0 { largest * column.len() as f64 / sum } else { 0.0 }
+    };
+    w.columns().into_iter().map(score).fold(0.0, f64::max)
+}
+
+/// Losses of a matrix of so many weights by a score that says how important they are, and nothing about widths: as [`assumed`], in
+/// proportion to it. Of equal matrices the one with the larger score is given bits first.
+pub fn scored(score: f64, weights: u64, choices: &[Choice]) -> Vec<f64> {
+    assumed(weights, choices).into_iter().map(|loss| score * loss).collect()
+}
+
 /// `(ΔW H ΔWᵀ)_ii`: what a change `[out, in]` costs a row, with `h` the whole second moment, `[in, in]`. `[out]`.
 pub fn row_errors(change: &Array2<f32>, h: &Array2<f32>) -> Vec<f64> {
     let through = product(change.view(), h.view());
@@ -191,17 +213,30 @@ impl<'a> Shared<'a> {
     ///
     /// What a quantizer refuses.
     pub fn losses(&self, w: ArrayView2<'_, f32>, rows: Option<&[f64]>, scale: ScaleType, wanted: Wanted) -> Result<(Losses, Losses)> {
+        self.judge(w, scale, wanted, &|quantized| self.loss(w, rows, quantized))
+    }
+
+    /// As [`Shared::losses`], with another word on what a quantized matrix loses.
+    ///
+    /// # Errors
+    ///
+    /// What a quantizer refuses.
+    pub fn judge(
+        &self,
+        w: ArrayView2<'_, f32>,
+        scale: ScaleType,
+        wanted: Wanted,
+        loss: &dyn Fn(&Array2<f32>) -> f64,
+    ) -> Result<(Losses, Losses)> {
         let (mut rounded, mut solved) = (Vec::new(), Vec::new());
         for choice in self.choices {
             let width = choice.width(scale);
             let fits = width.group_len(w.ncols()).is_ok();
             if wanted != Wanted::Solved {
-                let loss = || -> Result<f64> { Ok(self.loss(w, rows, &self.round(w, &width)?)) };
-                rounded.push(fits.then(loss).transpose()?);
+                rounded.push(fits.then(|| self.round(w, &width).map(|q| loss(&q))).transpose()?);
             }
             if wanted != Wanted::Rounded {
-                let loss = || -> Result<f64> { Ok(self.loss(w, rows, &self.solve(w, &width)?)) };
-                solved.push(fits.then(loss).transpose()?);
+                solved.push(fits.then(|| self.solve(w, &width).map(|q| loss(&q))).transpose()?);
             }
         }
         Ok((rounded, solved))
@@ -248,6 +283,15 @@ mod tests {
     use crate::quantize::Grid;
     use kernels::Group;
     use ndarray::array;
+
+    #[test]
+    fn outliers_by_hand() {
+        // Columns (1, −1): 1; (3, 1): 3 / 2; zeros: 0.
+        assert_eq!(outlier_score(array![[1.0_f32, 3.0, 0.0], [-1.0, 1.0, 0.0]].view()), 1.5);
+        assert_eq!(outlier_score(Array2::<f32>::zeros((0, 3)).view()), 0.0);
+        let choices = [2, 3].map(|bits| Choice { bits, group: Group::Size(8), grid: Grid::Sym });
+        assert_eq!(scored(2.0, 32, &choices), [4.0, 1.0]);
+    }
 
     #[test]
     fn row_errors_by_hand() {

@@ -1,11 +1,11 @@
 //! One option per class under several budgets at once: bytes in all, bytes on each device, seconds a token.
 //!
-//! With more than one budget the hulls of [`hull`](super::hull) are no longer enough: the relaxation is stated with good_lp and solved
-//! by its simplex solver, which gives the bound. At most one class a budget is fractional there; the answer starts from every class's
+//! With more than one budget the hulls of [`hull`](super::hull) are no longer enough: the relaxation goes to a simplex solver (minilp),
+//! which gives the bound. At most one class a budget is fractional there; the answer starts from every class's
 //! largest share, is brought within the budgets by the changes that cost least, and then takes every single change that still fits and
 //! saves loss. Its distance to the bound is reported, not proven to be the least.
 
-use good_lp::{Expression, Solution, SolverModel, Variable, constraint, default_solver, variable, variables};
+use minilp::{ComparisonOp, LinearExpr, OptimizationDirection, Problem, Variable};
 
 /// One way to store a tie class.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,24 +98,20 @@ fn relaxation(classes: &[Vec<Choice>], budgets: &[f64]) -> Option<(f64, Vec<Vec<
     let count: usize = classes.iter().map(Vec::len).sum();
     let mean = classes.iter().flatten().map(|o| o.loss.abs()).sum::<f64>() / count.max(1) as f64;
     let unit = if mean > 0.0 { mean } else { 1.0 };
-    let mut vars = variables!();
+    let mut program = Problem::new(OptimizationDirection::Minimize);
     let shares: Vec<Vec<Variable>> =
-        classes.iter().map(|options| options.iter().map(|_| vars.add(variable().min(0.0).max(1.0))).collect()).collect();
-    let sum = |of: &dyn Fn(&Choice) -> f64| -> Expression {
-        let terms = classes.iter().zip(&shares).flat_map(|(options, shares)| options.iter().zip(shares));
-        terms.map(|(option, &share)| of(option) * share).sum()
-    };
-    let mut model = vars.minimise(sum(&|o| o.loss / unit)).using(default_solver);
+        classes.iter().map(|options| options.iter().map(|option| program.add_var(option.loss / unit, (0.0, 1.0))).collect()).collect();
     for shares in &shares {
-        let whole: Expression = shares.iter().sum();
-        model = model.with(constraint!(whole == 1.0));
+        program.add_constraint(shares.iter().map(|&share| (share, 1.0)).collect::<LinearExpr>(), ComparisonOp::Eq, 1.0);
     }
     for (budget, &most) in budgets.iter().enumerate() {
         let scale = if most > 0.0 { most } else { 1.0 };
-        model = model.with(constraint!(sum(&|o| o.takes[budget] / scale) <= most / scale));
+        let terms = classes.iter().zip(&shares).flat_map(|(options, shares)| options.iter().zip(shares));
+        let sum: LinearExpr = terms.map(|(option, &share)| (share, option.takes[budget] / scale)).collect();
+        program.add_constraint(sum, ComparisonOp::Le, most / scale);
     }
-    let solution = model.solve().ok()?;
-    let found: Vec<Vec<f64>> = shares.iter().map(|shares| shares.iter().map(|&share| solution.value(share)).collect()).collect();
+    let solution = program.solve().ok()?;
+    let found: Vec<Vec<f64>> = shares.iter().map(|shares| shares.iter().map(|&share| solution[share]).collect()).collect();
     let bound = classes.iter().zip(&found).flat_map(|(options, shares)| options.iter().zip(shares)).map(|(o, share)| o.loss * share).sum();
     Some((bound, found))
 }

@@ -62,8 +62,9 @@ fn load(args: &RecipeArgs) -> Result<Loaded> {
 
 fn check(args: &RecipeArgs) -> Result<String> {
     let loaded = load(args)?;
-    let run::Prepared { shape, .. } = run::prepare(&loaded)?;
-    let problems = run::check_space(&loaded, &shape)?;
+    let run::Prepared { shape, model } = run::prepare(&loaded)?;
+    // Nothing can be written of a checkpoint without data.
+    let problems = if model.checkpoint().is_shape_only() { Vec::new() } else { run::check_space(&loaded, &shape)? };
     if !problems.is_empty() {
         return Err(loaded.source.invalid(problems).into());
     }

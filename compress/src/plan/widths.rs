@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::allocate::decide::{Budget, Budgets, Case, decide};
 use crate::allocate::sensitivity::{self, Table};
 use crate::allocate::{Account, Allocate, Choice, Decision, Matrix, Undecided};
-use crate::allocate::{Constraints, DeviceBytes, Speed};
+use crate::allocate::{Constraints, Cost, DeviceBytes, Speed, by_layer, pmq};
 use crate::plan::{Measured, Shape, Tensor};
 use crate::quantize::Grid;
 use calib::arch::Part;
@@ -65,6 +65,8 @@ pub(super) struct Prepared {
     /// The recipe's bytes of codes, scales and zeros.
     pub bytes: u64,
     beside: Vec<Budget>,
+    /// Where there is a program a layer.
+    by_layer: Option<pmq::Params>,
 }
 
 impl Prepared {
@@ -75,12 +77,17 @@ impl Prepared {
         let cost = table.map_or("assumed", |table| table.cost.name());
         let bytes = budget(allocate, shape, &matrices, &choices);
         let beside = beside_bytes(allocate, &matrices, &choices, &rules, measured);
-        Self { matrices, choices, rules, losses, cost, bytes, beside }
+        let params = allocate.pmq.unwrap_or_default();
+        let by_layer = (allocate.cost == Cost::Pmq && params.scope == pmq::Scope::Layer).then_some(params);
+        Self { matrices, choices, rules, losses, cost, bytes, beside, by_layer }
     }
 
     /// The widths within this many bytes.
     pub fn decide(&self, bytes: u64) -> Result<Decision, Undecided> {
         let case = Case { matrices: &self.matrices, choices: &self.choices, losses: &self.losses, cost: self.cost };
+        if let Some(params) = &self.by_layer {
+            return by_layer::decide(&case, bytes, &self.rules, params);
+        }
         decide(&case, &Budgets { bytes, beside: self.beside.clone() }, &self.rules)
     }
 

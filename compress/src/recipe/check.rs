@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use kernels::Group;
 
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
-use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
+use crate::allocate::pmq::{Presence, Scope};
+use crate::allocate::{Allocate, BUDGETS, Cost, Glob, Matrix, Packed, Runtime};
 use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
 use crate::quantize::{Grid, Quantizer};
@@ -129,6 +130,7 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
     if recipe.calibrate.is_none() {
         add("", "widths are shared out by what they cost on texts, and there is no [calibrate]".into(), "name texts with calibrate.corpus");
     }
+    found.extend(check_pmq(allocate, source));
     found.extend(check_beside(allocate, source));
     let mut add = |key: &str, message: String, help: &str| {
         found.push(source.problem(&format!("allocate{key}"), message, (!help.is_empty()).then(|| help.to_owned())));
@@ -147,6 +149,44 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
         if options[..i].contains(choice) {
             add(&key, format!("{choice} stands there twice"), "");
         }
+    }
+    found
+}
+
+/// What is wrong with PMQ's knobs, and what its program cannot do.
+fn check_pmq(allocate: &Allocate, source: &Source) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let mut add = |key: &str, message: &str, help: &str| {
+        found.push(source.problem(&format!("allocate.{key}"), message.to_owned(), Some(help.to_owned())));
+    };
+    if allocate.cost != Cost::Pmq {
+        if allocate.pmq.is_some() {
+            add("pmq", "these knobs are of the cost pmq, and another one is asked for", "say allocate.cost = \"pmq\", or leave them out");
+        }
+        return found;
+    }
+    let params = allocate.pmq.unwrap_or_default();
+    if params.batch == 0 {
+        add("pmq.batch", "a batch of no samples has no norm", "MC-MoE has 8");
+    }
+    if ![params.alpha, params.beta, params.gamma].iter().all(|x| x.is_finite() && *x >= 0.0) {
+        add("pmq", "an exponent is negative or no number", "MC-MoE's code has alpha 1, beta 1.5 and gamma 1");
+    }
+    if params.scope == Scope::Model && params.presence == Presence::Required && allocate.pmq.is_some() {
+        add("pmq.presence", "the presence rule is one a layer, and there is one program over all layers", "say presence = \"free\"");
+    }
+    if !matches!(allocate.runtime, None | Some(Runtime::Native | Runtime::Transformers4)) {
+        add("runtime", "pmq gives every expert a width of its own, and this runtime ties experts", "name native or transformers4");
+    }
+    if params.scope == Scope::Layer && !(allocate.devices.is_empty() && allocate.speed.is_none()) {
+        add("pmq.scope", "a program a layer has one budget", "say scope = \"model\", or leave devices and speed out");
+    }
+    let bits: Vec<u8> = allocate.options().iter().map(|choice| choice.bits).collect();
+    if params.scope == Scope::Layer && params.presence == Presence::Required && !(bits.contains(&2) && bits.contains(&3)) {
+        add("choices", "the presence rule wants a width of 2 and one of 3 bits", "say choices = [1, 2, 3], or pmq.presence = \"free\"");
+    }
+    if !allocate.fill.is_solved() {
+        add("fill", "pmq rounds every expert with a quantizer of its own, and nothing is estimated", "leave fill out");
     }
     found
 }

@@ -14,12 +14,8 @@ use calib::{Model, Weights};
 
 use super::folder::{Folder, Stage, remove};
 use crate::allocate::Allocate;
-<<<<<<< HEAD
 use crate::allocate::sensitivity::{Solver, Table};
-=======
-use crate::allocate::sensitivity::Table;
 use crate::objective::{Backwards, TokenWeight, TokenWeights};
->>>>>>> 77930a1
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
@@ -139,12 +135,11 @@ impl<'a> Work<'a> {
     fn calibrate(&self, progress: &dyn Progress) -> Result<()> {
         let (Some(asked), Some(samples)) = (&self.recipe.calibrate, self.samples(progress)?) else { return Ok(()) };
         let (store, fingerprint) = (self.store(), self.shape.fingerprint.as_str());
-        let (mixed, tokens) = (self.mixed(), samples.total_tokens() as u64);
+        let mixed = self.mixed();
         let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, self.shape)).unwrap_or_default();
         let survey = mixed.map(|(quantizer, allocate)| {
-            let what = (allocate.cost, allocate.fill, allocate.options());
             let solver = Solver { quantizer, refine: self.recipe.refine.as_ref() };
-            Survey::new(self.model, solver, &matrices, what, tokens, self.folder.dir())
+            Survey::new(self.model, solver, &matrices, (allocate, allocate.options()), samples, self.folder.dir())
         });
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
