@@ -114,6 +114,7 @@ fn rounding_and_exporting_hold_a_few_matrices() {
         quantizer: Some(Quantizer::Rtn(rtn::Params::default())),
         objective: Default::default(),
         refine: None,
+        repair: Default::default(),
         allocation: None,
         tensors: model.layout().roles().map(|(role, name)| (name.to_owned(), action(role))).collect(),
     };

@@ -125,6 +125,18 @@ pub enum Error {
     #[error("the second moment is zero: no token reached this matrix; round it to nearest instead")]
     NoTokens,
 
+    /// Learned refinement without a sample to learn from.
+    #[error(
+        "learned refinement holds out {held_out} of {samples} calibration samples, and none is left to learn from; \
+         calibrate with more samples, or lower refine.learned.held_out"
+    )]
+    HeldOut {
+        /// Calibration samples.
+        samples: usize,
+        /// Samples to be held out.
+        held_out: usize,
+    },
+
     /// A second moment that damping does not mend.
     #[error("not positive definite even with damping of {damping} times the mean diagonal: {source}")]
     Damping {

@@ -15,6 +15,7 @@ pub mod packed;
 pub mod plan;
 pub mod quantize;
 pub mod recipe;
+pub mod repair;
 pub mod report;
 pub mod run;
 pub mod solved;

@@ -23,7 +23,7 @@ use crate::{Error, Result};
 const SCHEMA: u32 = 1;
 
 /// Bytes set aside for one matrix's report.
-const REPORT_BYTES: usize = 256;
+const REPORT_BYTES: usize = 512;
 
 /// The solver's account of one matrix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,6 +34,21 @@ pub struct Report {
     /// What GPTQ says of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub solved: Option<Account>,
+    /// What learned refinement says of its layer; `solved` is then what the codes cost that it started from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<Judged>,
+}
+
+/// How learned refinement changed a layer, by calibration samples that no step saw.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Judged {
+    /// Mean squared error of the layer's output before.
+    pub before: f64,
+    /// With the codes that were kept; never above `before`.
+    pub after: f64,
+    /// The step that they are from; 0: those before.
+    pub step: u32,
 }
 
 /// What a solver says of one matrix that it solved against tokens.
@@ -46,6 +61,18 @@ pub struct Account {
     pub damping: f64,
     /// Input channels that no token excited: they keep their rounded weights.
     pub dead_channels: usize,
+}
+
+/// What became of a router that was fitted to its layer's disturbed inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refit {
+    /// Calibration tokens.
+    pub tokens: u64,
+    /// Of the experts that the original model chooses, the share that is chosen behind compressed layers by the router as it was.
+    pub overlap_before: f64,
+    /// The same with the fitted router.
+    pub overlap_after: f64,
 }
 
 /// How the codes of one matrix were chosen.
@@ -62,6 +89,10 @@ pub enum By {
     GptqKeptRtn,
     /// GPTQ's codes after a descent.
     GptqDescent,
+    /// Learned from GPTQ's codes, with or without a descent between.
+    GptqLearned,
+    /// Rounded, because behind compressed layers no token reached its expert any more.
+    RtnUnreached,
 }
 
 /// Says which plan the folder belongs to.
@@ -145,16 +176,31 @@ impl Solved {
 
     /// Where the hidden states between two layers are kept until all of them are done.
     pub fn snapshots(&self) -> Snapshots {
-        Snapshots::new(self.dir.join("hidden.safetensors"), BTreeMap::from([("plan".to_owned(), self.plan.clone())]))
+        self.snapshots_of("hidden.safetensors")
     }
 
-    /// Begins the file of one layer. `matrices`: name, `[out, in]` and what the plan says.
+    /// The same for other hidden states, in a file of this name.
+    pub fn snapshots_of(&self, name: &str) -> Snapshots {
+        Snapshots::new(self.dir.join(name), BTreeMap::from([("plan".to_owned(), self.plan.clone())]))
+    }
+
+    /// Begins the file of one layer. `matrices`: name, `[out, in]` and what the plan says; `router`: one that is to be fitted, `[experts,
+    /// hidden]`.
     ///
     /// # Errors
     ///
     /// An IO error.
-    pub fn create(&self, layer: usize, matrices: &[(&str, [usize; 2], &Quantize)]) -> Result<LayerFile> {
-        let declared = matrices.iter().flat_map(|&(name, shape, how)| declare(name, shape, how)).collect();
+    pub fn create(
+        &self,
+        layer: usize,
+        matrices: &[(&str, [usize; 2], &Quantize)],
+        router: Option<(&str, [usize; 2])>,
+    ) -> Result<LayerFile> {
+        let mut declared: Vec<Declared> = matrices.iter().flat_map(|&(name, shape, how)| declare(name, shape, how)).collect();
+        if let Some((name, [experts, hidden])) = router {
+            declared.push(Declared { name: format!("{name}:values"), dtype: Element::F32, shape: vec![experts, hidden] });
+            declared.push(Declared { name: format!("{name}:report"), dtype: Element::U8, shape: vec![REPORT_BYTES] });
+        }
         let entries = [("moepress", "solved".to_owned()), ("plan", self.plan.clone()), ("layer", layer.to_string())];
         let metadata = entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
         Ok(LayerFile(Create::new(&self.path(layer), declared, &metadata)?))
@@ -252,6 +298,18 @@ impl LayerFile {
         self.0.put(&format!("{name}:report"), &text)
     }
 
+    /// Writes a router `[experts, hidden]`, row by row, and what became of it.
+    ///
+    /// # Errors
+    ///
+    /// As [`LayerFile::put`].
+    pub fn put_router(&self, name: &str, values: &[f32], refit: &Refit) -> Result<()> {
+        self.0.put(&format!("{name}:values"), &scale_bytes(values, ScaleType::F32))?;
+        let mut text = serde_json::to_vec(refit).map_err(|source| Error::Json { path: name.into(), source })?;
+        text.resize(text.len().max(REPORT_BYTES), b' ');
+        self.0.put(&format!("{name}:report"), &text)
+    }
+
     /// Gives the file its final name: the layer is done.
     ///
     /// # Errors
@@ -306,6 +364,17 @@ impl LayerRead {
         Ok(matrix)
     }
 
+    /// A router that was fitted, row by row, and what became of it.
+    ///
+    /// # Errors
+    ///
+    /// As [`LayerRead::report`].
+    pub fn router(&self, name: &str) -> Result<(Vec<f32>, Refit)> {
+        let values = floats(&self.file.bytes(&format!("{name}:values"))?);
+        let refit = serde_json::from_slice(&self.file.bytes(&format!("{name}:report"))?);
+        Ok((values, refit.map_err(|source| Error::Json { path: self.path.clone(), source })?))
+    }
+
     fn words(&self, name: &str) -> Result<Vec<u32>> {
         let bytes = self.file.bytes(&format!("{name}:codes"))?;
         Ok(bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect())
@@ -326,6 +395,6 @@ impl LayerRead {
 pub fn quantized(plan: &Plan) -> impl Iterator<Item = (&str, &Quantize)> {
     plan.tensors.iter().filter_map(|(name, action)| match action {
         Action::Quantize(how) => Some((name.as_str(), how)),
-        Action::Keep | Action::Drop { .. } => None,
+        Action::Keep | Action::Refit | Action::Drop { .. } => None,
     })
 }

@@ -47,10 +47,35 @@ impl<B: Backend> Walk<'_, B> {
     /// entered the layer.
     pub fn layer(&self, index: usize, inputs: Vec<Tensor<B, 3>>, gradient: &mut [Tensor<B, 3>]) -> Result<()> {
         let layer = DecoderLayer::load(self.weights, index, self.device, Experts::Streamed)?;
+        let attended = self.attend(&layer, index, &inputs)?;
+        self.back(&layer, index, inputs, attended, gradient)
+    }
+
+    /// The first half of the layer: what enters its second norm, `[rows, hidden]` a batch.
+    pub fn attend(&self, layer: &DecoderLayer<B>, index: usize, inputs: &[Tensor<B, 3>]) -> Result<Vec<Tensor<B, 2>>> {
+        let mut attended = inputs.to_vec();
+        layer.attend(&self.context(index, &NoTap), &mut attended, &mut [])?;
+        Ok(attended.into_iter().map(rows).collect())
+    }
+
+    /// The second half: adds the block's output to what [`Walk::attend`] gave.
+    pub fn finish(&self, layer: &DecoderLayer<B>, index: usize, attended: &mut [Tensor<B, 2>]) -> Result<()> {
+        layer.feed_forward(&self.context(index, &NoTap), attended)
+    }
+
+    /// As [`Walk::layer`], with `attended` from [`Walk::attend`].
+    pub fn back(
+        &self,
+        layer: &DecoderLayer<B>,
+        index: usize,
+        inputs: Vec<Tensor<B, 3>>,
+        attended: Vec<Tensor<B, 2>>,
+        gradient: &mut [Tensor<B, 3>],
+    ) -> Result<()> {
         let shapes: Vec<[usize; 3]> = inputs.iter().map(|x| x.dims()).collect();
         let mut after: Vec<Tensor<B, 2>> =
             gradient.iter_mut().map(|g| rows(std::mem::replace(g, Tensor::empty([1, 1, 1], self.device)))).collect();
-        self.feed_forward(&layer, index, &inputs, &mut after)?;
+        self.feed_forward(layer, index, attended, &mut after)?;
         let task = |(batch, (x, after)): (usize, (Tensor<B, 3>, Tensor<B, 2>))| {
             let [samples, tokens, _] = shapes[batch];
             Ok((batch, layer.attend_backward(rows(x), after, [samples, tokens])))
@@ -65,11 +90,13 @@ impl<B: Backend> Walk<'_, B> {
     }
 
     /// The second half: from the gradient at the layer's output to that before the second norm, in place.
-    fn feed_forward(&self, layer: &DecoderLayer<B>, index: usize, inputs: &[Tensor<B, 3>], gradient: &mut [Tensor<B, 2>]) -> Result<()> {
-        let context = self.context(index, &NoTap);
-        let mut attended = inputs.to_vec();
-        layer.attend(&context, &mut attended, &mut [])?;
-        let attended: Vec<Tensor<B, 2>> = attended.into_iter().map(rows).collect();
+    fn feed_forward(
+        &self,
+        layer: &DecoderLayer<B>,
+        index: usize,
+        attended: Vec<Tensor<B, 2>>,
+        gradient: &mut [Tensor<B, 2>],
+    ) -> Result<()> {
         let mut normed = Vec::with_capacity(attended.len());
         in_blocks(
             self.options.in_flight,

@@ -20,6 +20,7 @@
 //!
 //! **Bits do not depend on the number of threads**, as in the forward pass.
 
+mod gradients;
 mod inputs;
 mod layer;
 mod loss;
@@ -41,6 +42,7 @@ use crate::progress::Progress;
 use crate::stats::end_loss::{LayerWeights, SiteLoss};
 use crate::{Result, Weights};
 
+pub use gradients::{LayerGradients, layer_error, layer_gradients};
 use inputs::Inputs;
 use layer::Walk;
 use sums::Sums;

@@ -104,6 +104,28 @@ pub fn decoder_layer<B: Backend>(
     DecoderLayer::load(w, layer, &device, Experts::Streamed)?.forward(w, hidden, &mut [], tap, options)
 }
 
+/// Carries all samples through one layer's attention alone, and gives what then enters its MLP or experts: the rows behind the second
+/// norm, `[rows, hidden]` a batch. `hidden` stays as it is; the tap sees attention's sites.
+///
+/// # Errors
+///
+/// As [`decoder_layer`].
+pub fn attention_alone<B: Backend>(
+    w: &dyn Weights,
+    layer: usize,
+    hidden: &[Tensor<B, 3>],
+    tap: &dyn Tap<B>,
+    options: Options,
+) -> Result<Vec<Tensor<B, 2>>> {
+    let Some(first) = hidden.first() else { return Ok(Vec::new()) };
+    let device = first.device();
+    let context = Context { weights: w, layer, device: &device, tap, options };
+    let loaded = DecoderLayer::load(w, layer, &device, Experts::Streamed)?;
+    let mut attended = hidden.to_vec();
+    loaded.attend(&context, &mut attended, &mut [])?;
+    Ok(attended.into_iter().map(|x| loaded.post_norm.apply(super::rows(x))).collect())
+}
+
 impl<B: Backend> DecoderLayer<B> {
     /// Reads a layer's weights; with [`Experts::Resident`] all of them.
     ///
@@ -233,7 +255,7 @@ impl<B: Backend> DecoderLayer<B> {
     }
 
     /// The second half: `x += mlp(norm(x))`.
-    fn feed_forward(&self, context: &Context<'_, B>, residual: &mut [Tensor<B, 2>]) -> Result<()> {
+    pub(crate) fn feed_forward(&self, context: &Context<'_, B>, residual: &mut [Tensor<B, 2>]) -> Result<()> {
         let mut normed = Vec::with_capacity(residual.len());
         let task = |x: &Tensor<B, 2>| Ok(self.post_norm.apply(x.clone()));
         in_blocks(context.options.in_flight, residual.iter(), task, |x| {

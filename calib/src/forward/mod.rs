@@ -43,7 +43,7 @@ pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
 pub use head::Head;
 pub(crate) use layer::{Context, MlpKind};
-pub use layer::{DecoderLayer, Experts, decoder_layer};
+pub use layer::{DecoderLayer, Experts, attention_alone, decoder_layer};
 pub use memory::{Samples, peak_bytes};
 pub(crate) use moe::CHUNK;
 pub use moe::values;

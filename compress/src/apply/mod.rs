@@ -8,13 +8,18 @@
 //! its rows have all been seen. The hidden states between two layers are kept on disk: a run that was killed goes on after the last
 //! finished layer, with the same bytes.
 //!
+//! Order `sequential` is [`sequential`]'s.
+//!
 //! **Memory**, beside the forward pass's own (`calib::forward`). Rounding holds matrices of at most twice the weights of the layer's
 //! largest at once, each in f32 with its codes: under `4 · 4` bytes a weight of the largest (tests/memory.rs holds it to that). GPTQ holds
 //! for every site in flight, with `K` inputs, `12 · K²` bytes while its moment is factorized and `4 · K²` while its matrices are solved, one
 //! after the other, with 12 bytes a weight. One Qwen3-30B-A3B-shaped layer (128 experts of 2048 × 768, 8192 tokens, 2 threads) peaks at
 //! 621 MiB of anonymous memory; its experts alone are 1.2 GB in bf16.
 
+mod aim;
+mod learned;
 mod output;
+mod sequential;
 #[cfg(test)]
 mod tests;
 mod tokens;
@@ -25,6 +30,7 @@ use std::path::Path;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
+use calib::arch::{Part, Role};
 use calib::device::{Device, Job as DeviceJob};
 use calib::forward::{NoTap, Options, Tap, decoder_layer};
 use calib::pass::{Stream, stream_layers};
@@ -36,10 +42,11 @@ pub use output::{contents_of, write};
 pub(crate) use tokens::boxed;
 
 use crate::objective::TokenWeights;
-use crate::plan::{Plan, Solver as Who};
+use crate::plan::{Action, Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
-use crate::quantize::{Quantizer, hqq};
-use crate::solved::{By, LayerFile, Report, Solved};
+use crate::quantize::{Quantizer, Refine, hqq};
+use crate::repair::Order;
+use crate::solved::{By, LayerFile, Refit, Report, Solved};
 use crate::{Error, Result};
 use work::Job;
 
@@ -56,6 +63,8 @@ pub struct Outcome {
     pub rounded: usize,
     /// Sum of `tr(ΔW · H · ΔWᵀ)` over the matrices that were solved against tokens.
     pub loss: f64,
+    /// Routers that were fitted, by layer.
+    pub routers: BTreeMap<usize, Refit>,
 }
 
 /// Chooses the codes of every matrix that the plan quantizes, and leaves them under `dir` (`OUT/moepress`).
@@ -80,7 +89,8 @@ pub fn solve(
     let resumed = solved.done();
     let snapshots = solved.snapshots();
     let rest = &layers[resumed..];
-    if rest.iter().flatten().any(|job| job.needs_tokens(plan)) {
+    let refits = plan.tensors.values().any(|action| *action == Action::Refit);
+    if refits || rest.iter().flatten().any(|job| job.needs_tokens(plan)) {
         let ids = samples.ok_or(Error::NoSamples)?;
         // A snapshot is only as good as the layers before it.
         if snapshots.next_layer()?.is_some_and(|next| next > resumed) {
@@ -92,7 +102,7 @@ pub fn solve(
     } else {
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
-            let file = solved.create(layer, &declared(jobs))?;
+            let file = solved.create(layer, &declared(jobs), None)?;
             round(model, plan, jobs, &file)?;
             file.finish()?;
             progress.tick(1);
@@ -100,7 +110,8 @@ pub fn solve(
         progress.finish();
     }
     snapshots.remove()?;
-    outcome(&solved, &layers, resumed)
+    solved.snapshots_of("original.safetensors").remove()?;
+    outcome(model, plan, &solved, (&layers, resumed))
 }
 
 /// The second pass: tokens go through the original layers, and each layer's matrices are solved on the way.
@@ -117,6 +128,12 @@ impl DeviceJob for Run<'_> {
     type Output = Result<()>;
 
     fn run<B: Backend>(self, device: &B::Device) -> Result<()> {
+        if self.plan.repair.order == Order::Sequential {
+            let mut beside = self.beside::<B>(device)?;
+            let each = &mut |layer, hidden: &mut [Tensor<B, 3>]| self.sequential(layer, hidden, beside.as_mut()).map_err(tokens::boxed);
+            stream_layers::<B>(&self.stream, device, each)?;
+            return Ok(());
+        }
         stream_layers::<B>(&self.stream, device, &mut |layer, hidden| self.layer(layer, hidden).map_err(tokens::boxed))?;
         Ok(())
     }
@@ -129,15 +146,31 @@ impl Run<'_> {
         if self.solved.path(layer).exists() {
             return Ok(decoder_layer(self.model, layer, hidden, &NoTap, options)?);
         }
-        let file = self.solved.create(layer, &declared(jobs))?;
+        let file = self.solved.create(layer, &declared(jobs), None)?;
         round(self.model, self.plan, jobs, &file)?;
+        let waiting = self.waiting();
+        let inputs = waiting.as_ref().map(|_| hidden.to_vec());
         let solver = tokens::Solver::new(self.model, self.plan, (layer, jobs), &file, &self.weights)?;
+        let solver = solver.map(|solver| solver.handing(waiting.as_ref().map(|(waiting, _)| waiting)));
         let tap: &dyn Tap<B> = match &solver {
             Some(solver) => solver,
             None => &NoTap,
         };
         decoder_layer(self.model, layer, hidden, tap, options)?;
+        drop(solver);
+        if let (Some((waiting, params)), Some(inputs)) = (waiting, inputs) {
+            let at = learned::Layer { model: self.model, rest: self.model, layer, inputs: &inputs, targets: hidden };
+            waiting.finish(&at, params, &file)?;
+        }
         file.finish()
+    }
+
+    /// Where a layer's solved matrices wait to be learned from, if they are to be.
+    fn waiting(&self) -> Option<(learned::Waiting, &learned::Params)> {
+        match &self.plan.refine {
+            Some(Refine::Learned(params)) => Some((learned::Waiting::default(), params)),
+            Some(Refine::Descent(_)) | None => None,
+        }
     }
 }
 
@@ -157,7 +190,7 @@ fn round(model: &Model, plan: &Plan, jobs: &[Job<'_>], file: &LayerFile) -> Resu
                 (Some(Quantizer::Hqq(_)), Who::Planned) => (hqq::hqq(w.view(), &width)?, By::Hqq),
                 _ => (rtn(w.view(), &width, &params)?, By::Rtn),
             };
-            file.put(job.name, &matrix, &Report { by, solved: None })
+            file.put(job.name, &matrix, &Report { by, solved: None, learned: None })
         })?;
     }
     Ok(())
@@ -172,10 +205,14 @@ fn rounding(plan: &Plan) -> rtn::Params {
     }
 }
 
-fn outcome(solved: &Solved, layers: &[Vec<Job<'_>>], resumed: usize) -> Result<Outcome> {
+fn outcome(model: &Model, plan: &Plan, solved: &Solved, (layers, resumed): (&[Vec<Job<'_>>], usize)) -> Result<Outcome> {
     let mut outcome = Outcome { layers: layers.len(), resumed, ..Outcome::default() };
     for (layer, jobs) in layers.iter().enumerate() {
         let file = solved.open(layer)?;
+        let router = model.layout().name(Role::Layer(layer, Part::Router));
+        if let Some(name) = router.filter(|name| plan.tensors.get(*name) == Some(&Action::Refit)) {
+            outcome.routers.insert(layer, file.router(name)?.1);
+        }
         for job in jobs {
             let report = file.report(job.name)?;
             *outcome.matrices.entry(report.by).or_default() += 1;

@@ -41,7 +41,7 @@ pub fn contents_of(model: &Model, plan: &Plan) -> Result<Vec<Tensor>> {
         let info = checkpoint.info(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "the model does not have it" })?;
         let form = match action {
             Action::Drop { .. } => continue,
-            Action::Keep => Form::Kept(kept_as(info.dtype)),
+            Action::Keep | Action::Refit => Form::Kept(kept_as(info.dtype)),
             Action::Quantize(how) => Form::Quantized(scheme(how)),
         };
         let role =
@@ -57,6 +57,21 @@ fn kept_as(stored: Dtype) -> Dtype {
         Dtype::F8E4m3 | Dtype::F8E5m2 => Dtype::Bf16,
         other => other,
     }
+}
+
+/// Values in the type that a tensor is kept in.
+pub(super) fn as_kept(model: &Model, name: &str, values: &[f32]) -> Result<Vec<u8>> {
+    let misfit = |what| Error::PlanMisfit { name: name.to_owned(), what };
+    let stored = model.checkpoint().info(name).ok_or_else(|| misfit("the model does not have it"))?.dtype;
+    tensor::encode(kept_as(stored), values).ok_or_else(|| misfit("its values cannot be converted to the type that it is kept in"))
+}
+
+/// What [`as_kept`] makes of values, as numbers.
+pub(super) fn rounded_as_kept(model: &Model, name: &str, values: &[f32]) -> Result<Vec<f32>> {
+    let stored = model.checkpoint().info(name).map_or(Dtype::F32, |info| info.dtype);
+    let bytes = as_kept(model, name, values)?;
+    let what = "its type holds no numbers";
+    tensor::decode(kept_as(stored), &bytes).ok_or_else(|| Error::PlanMisfit { name: name.to_owned(), what })
 }
 
 fn scheme(how: &Quantize) -> Scheme {
@@ -110,13 +125,14 @@ impl<'a> FromSolved<'a> {
 impl Source for FromSolved<'_> {
     fn kept(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         let checkpoint = self.model.checkpoint();
+        if let (Some(Action::Refit), Some(Role::Layer(layer, _))) = (self.plan.tensors.get(name), self.model.layout().role(name)) {
+            let (values, _) = self.layer(layer)?.router(name)?;
+            return Ok(Cow::Owned(as_kept(self.model, name, &values)?));
+        }
         let stored = checkpoint.info(name).map(|info| info.dtype);
         match stored.filter(|&dtype| kept_as(dtype) != dtype) {
             None => Ok(Cow::Borrowed(checkpoint.bytes(name)?)),
-            Some(dtype) => {
-                let bytes = tensor::encode(kept_as(dtype), &checkpoint.floats(name)?);
-                Ok(Cow::Owned(bytes.ok_or_else(|| Error::PlanMisfit { name: name.to_owned(), what: "it cannot be converted to bf16" })?))
-            }
+            Some(_) => Ok(Cow::Owned(as_kept(self.model, name, &checkpoint.floats(name)?)?)),
         }
     }
 

@@ -1,6 +1,8 @@
 //! Whole ways through `solve` and `write` on the tiny checkpoints of every family.
 
+mod learned;
 mod objective;
+mod sequential;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,6 +54,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         quantizer: Some(quantizer),
         objective: Default::default(),
         refine: None,
+        repair: Default::default(),
         allocation: None,
         tensors,
     }

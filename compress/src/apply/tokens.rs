@@ -8,18 +8,24 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Tensor, backend::Backend};
-use calib::arch::Site;
+use calib::arch::{Role, Site};
 use calib::forward::{Routed, Tap, values};
+use calib::linalg::product;
 use calib::stats::Moment;
 use calib::{Model, Weights};
 use kernels::Group;
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2};
 
+use super::aim::Original;
+use super::learned::Waiting;
 use super::work::Job;
 use crate::objective::{Rows, TokenWeights};
 use crate::plan::Plan;
 use crate::quantize::factor::factorize;
+use crate::quantize::rtn::{self, rtn};
 use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
+use crate::repair::propagate::toward;
+use crate::repair::{Order, Repair};
 use crate::solved::{Account, By, LayerFile, Report};
 use crate::{Error, Result};
 
@@ -32,6 +38,22 @@ pub struct Solver<'a> {
     rows: Rows<'a>,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
+    /// With `sequential`: how codes of experts that no token reaches any more are chosen, and how far a solver aims.
+    repair: &'a Repair,
+    /// What the original model does here, where solvers aim at it.
+    aim: Option<&'a Original>,
+    /// `Σ v (x − x̂) x̂ᵀ`, and the row that comes next, of sites where a solver aims.
+    crosses: Mutex<HashMap<Site, Cross>>,
+    /// What was solved, dequantized, where it is wanted.
+    kept: Option<Mutex<BTreeMap<Role, Array2<f32>>>>,
+    /// Where matrices wait that are to be learned from.
+    waiting: Option<&'a Waiting>,
+}
+
+/// The cross moment of one site.
+struct Cross {
+    sums: Array2<f32>,
+    next: usize,
 }
 
 impl<'a> Solver<'a> {
@@ -52,8 +74,44 @@ impl<'a> Solver<'a> {
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
             by_site.entry(job.site).or_default().push(job);
         }
+        if by_site.is_empty() {
+            return Ok(None);
+        }
         let rows = Rows::new(&plan.objective, model, layer, weights)?;
-        Ok(Some(Self { model, params, refine: plan.refine.as_ref(), file, rows, jobs: by_site, moments: Mutex::default() }))
+        Ok(Some(Self {
+            model,
+            params,
+            refine: plan.refine.as_ref(),
+            file,
+            rows,
+            jobs: by_site,
+            moments: Mutex::default(),
+            repair: &plan.repair,
+            aim: None,
+            crosses: Mutex::default(),
+            kept: None,
+            waiting: None,
+        }))
+    }
+
+    /// Aims at the original model's outputs.
+    pub fn aiming(self, aim: Option<&'a Original>) -> Self {
+        Self { aim, ..self }
+    }
+
+    /// Hands what is solved on to be learned from, instead of writing it.
+    pub fn handing(self, waiting: Option<&'a Waiting>) -> Self {
+        Self { waiting, ..self }
+    }
+
+    /// Keeps what is solved, dequantized.
+    pub fn keeping(self) -> Self {
+        Self { kept: Some(Mutex::default()), ..self }
+    }
+
+    /// What was solved, if it was kept.
+    pub fn into_kept(self) -> BTreeMap<Role, Array2<f32>> {
+        self.kept.map(|kept| kept.into_inner().unwrap_or_else(PoisonError::into_inner)).unwrap_or_default()
     }
 
     fn take(&self, site: Site) -> Option<Moment> {
@@ -70,30 +128,76 @@ impl<'a> Solver<'a> {
         }
         let mut moment = self.take(site).unwrap_or_else(|| Moment::new(width));
         moment.add(rows, weights.as_deref());
+        self.add_cross(site, rows, weights.as_deref(), routed);
         self.moments.lock().unwrap_or_else(PoisonError::into_inner).insert(site, moment);
         Ok(())
     }
 
     fn solve(&self, site: Site) -> Result<()> {
         let Some(jobs) = self.jobs.get(&site) else { return Ok(()) };
-        let Some(moment) = self.take(site).filter(|moment| moment.tokens() > 0) else {
-            return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
-        };
+        let Some(moment) = self.take(site).filter(|moment| moment.tokens() > 0) else { return self.unreached(jobs) };
         let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
+        let cross = self.cross(site, &moment);
         let moment = moment.into_matrix();
         let factor = factorize(moment.view(), &groups, self.params)?;
         for job in jobs {
-            let w = self.model.matrix(job.role)?;
+            let mut w = self.model.matrix(job.role)?;
+            if let Some((cross, alpha)) = &cross {
+                w = toward(w.view(), cross.view(), moment.view(), *alpha)?;
+            }
             let mut solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
             let mut by = if solved.kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
-            if let Some(Refine::Descent(params)) = self.refine {
-                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), params)?;
+            if let Some(params) = self.refine.and_then(Refine::descent) {
+                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), &params)?;
                 (solved.matrix, solved.loss, by) = (descended.matrix, descended.after, By::GptqDescent);
             }
+            if let Some(kept) = &self.kept {
+                kept.lock().unwrap_or_else(PoisonError::into_inner).insert(job.role, solved.matrix.dequantize());
+            }
             let account = Account { loss: solved.loss, damping: solved.damping, dead_channels: solved.dead_channels };
-            self.file.put(job.name, &solved.matrix, &Report { by, solved: Some(account) })?;
+            match (self.waiting, job.role) {
+                (Some(waiting), Role::Layer(_, part)) => waiting.put(part, job.name, solved.matrix, account),
+                _ => self.file.put(job.name, &solved.matrix, &Report { by, solved: Some(account), learned: None })?,
+            }
         }
         Ok(())
+    }
+}
+
+impl Solver<'_> {
+    /// No token came. In the independent order the plan was made from the same tokens, so there is none to blame but the caller; behind
+    /// compressed layers an expert may lose its last one, and is rounded.
+    fn unreached(&self, jobs: &[&Job<'_>]) -> Result<()> {
+        if self.repair.order == Order::Independent {
+            return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
+        }
+        for job in jobs {
+            let matrix = rtn(self.model.matrix(job.role)?.view(), &job.how.width(), &rtn::Params { clips: self.params.clips })?;
+            self.file.put(job.name, &matrix, &Report { by: By::RtnUnreached, solved: None, learned: None })?;
+        }
+        Ok(())
+    }
+
+    /// Adds to a site's cross moment, where a solver aims.
+    fn add_cross(&self, site: Site, rows: ArrayView2<'_, f32>, weights: Option<&[f32]>, routed: Option<&Routed>) {
+        let Some(original) = self.aim.filter(|_| Original::covers(site)) else { return };
+        let held = || self.crosses.lock().unwrap_or_else(PoisonError::into_inner);
+        let width = rows.ncols();
+        let mut cross = held().remove(&site).unwrap_or_else(|| Cross { sums: Array2::zeros((width, width)), next: 0 });
+        let mut missing = original.missing(site, rows, cross.next, routed);
+        if let Some(weights) = weights {
+            missing.rows_mut().into_iter().zip(weights).for_each(|(mut row, &v)| row *= v);
+        }
+        cross.sums += &product(missing.t(), rows);
+        cross.next += rows.nrows();
+        held().insert(site, cross);
+    }
+
+    /// A site's cross moment and how far to aim with it; `None` where nothing aims, or too few tokens came to say where.
+    fn cross(&self, site: Site, moment: &Moment) -> Option<(Array2<f32>, f64)> {
+        let cross = self.crosses.lock().unwrap_or_else(PoisonError::into_inner).remove(&site)?;
+        let covered = 2 * moment.tokens() as usize >= moment.width();
+        self.repair.propagate.filter(|_| covered).map(|alpha| (cross.sums, alpha))
     }
 }
 

@@ -27,6 +27,11 @@ impl Job<'_> {
         self.how.solver == Solver::Planned && plan.quantizer.as_ref().is_some_and(|q| q.needs_calibration())
     }
 
+    /// Whether it is a matrix of attention.
+    pub fn is_attention(&self) -> bool {
+        matches!(self.site, Site::AttentionIn | Site::QueryB | Site::KvB | Site::AttentionOut)
+    }
+
     /// Weights.
     pub fn weights(&self) -> usize {
         self.shape.iter().product()

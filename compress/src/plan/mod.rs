@@ -8,7 +8,7 @@ mod summary;
 mod sweep;
 mod widths;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use calib::arch::{Part, Role};
@@ -19,6 +19,7 @@ use crate::allocate::{Account, Choice};
 use crate::objective::Objective;
 use crate::quantize::{self, Grid, Quantizer, Refine};
 use crate::recipe::Recipe;
+use crate::repair::Repair;
 use crate::{Error, Result};
 
 pub use foreign::Tool;
@@ -49,6 +50,9 @@ pub struct Plan {
     /// What improves the quantizer's codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
+    /// The order in which layers are solved, and what is mended.
+    #[serde(default)]
+    pub repair: Repair,
     /// How a program shared out the widths, where one did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Account>,
@@ -62,6 +66,8 @@ pub struct Plan {
 pub enum Action {
     /// Carried over bit for bit (FP8 is converted to bf16, because the output's config no longer says fp8).
     Keep,
+    /// A router that is fitted to its inputs behind compressed layers; its type and its bytes stay.
+    Refit,
     /// Left out of the output.
     Drop {
         /// Why.
@@ -125,11 +131,16 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         _ => None,
     };
     let solved = measured.filter(|_| quantizer.as_ref().is_some_and(Quantizer::needs_calibration));
+    let repair = recipe.repair.clone().unwrap_or_default();
+    let chosen = |tensor: &Tensor| widths.as_ref().is_some_and(|w| w.chosen.contains_key(&tensor.name));
+    let layer = |tensor: &Tensor| tensor.quantizable().map(|(layer, ..)| layer);
+    let touched: BTreeSet<usize> = shape.tensors.iter().filter(|t| chosen(t)).filter_map(layer).collect();
     let action = |tensor: &Tensor| match (tensor.role, widths.as_ref().and_then(|w| w.chosen.get(&tensor.name)), tensor.quantizable()) {
         (Role::Buffer, ..) => {
             Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
         }
         (_, Some(choice), Some((layer, part, _))) => Action::Quantize(quantize(choice, tensor, layer, part, solved)),
+        (Role::Layer(layer, Part::Router), ..) if repair.router_repair.is_some() && touched.contains(&layer) => Action::Refit,
         _ => Action::Keep,
     };
     Ok(Plan {
@@ -139,6 +150,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
         objective: recipe.objective.clone().unwrap_or_default(),
         refine: recipe.refine.clone(),
+        repair: repair.clone(),
         allocation: widths.and_then(|w| w.account),
         quantizer,
     })

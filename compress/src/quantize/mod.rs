@@ -10,6 +10,7 @@ pub mod factor;
 pub mod gptq;
 mod grid;
 pub mod hqq;
+pub mod learned;
 pub mod pmq;
 pub mod rtn;
 #[cfg(test)]
@@ -140,6 +141,19 @@ impl Quantizer {
 pub enum Refine {
     /// Coordinate descent over the codes and refits of the scales, in turn, against the second moment that the solver used.
     Descent(descent::Params),
+    /// Gradient steps on codes and scales against the output of the decoder layer; after a descent unless its `start` says not.
+    Learned(learned::Params),
+}
+
+impl Refine {
+    /// The descent that follows the solver, if one does.
+    pub fn descent(&self) -> Option<descent::Params> {
+        match self {
+            Self::Descent(params) => Some(params.clone()),
+            Self::Learned(learned::Params { start: learned::Start::Descent, .. }) => Some(descent::Params::default()),
+            Self::Learned(learned::Params { start: learned::Start::Solver, .. }) => None,
+        }
+    }
 }
 
 /// `tr(ΔW · H · ΔWᵀ)`: what a change of the weights costs in squared output error, summed over the calibration tokens.

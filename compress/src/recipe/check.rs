@@ -10,7 +10,8 @@ use crate::allocate::pmq::{Presence, Scope};
 use crate::allocate::{Allocate, BUDGETS, Cost, Glob, Matrix, Packed, Runtime};
 use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
-use crate::quantize::{Grid, Quantizer};
+use crate::quantize::{Grid, Quantizer, Refine, learned};
+use crate::repair::Order;
 
 /// What is wrong with a recipe whatever the model.
 pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
@@ -52,6 +53,10 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         let message = "there is nothing to refine against: the quantizer sees no tokens".to_owned();
         found.push(source.problem("refine", message, Some("name [quantize.gptq], or leave refine out".into())));
     }
+    if let Some(Refine::Learned(params)) = &recipe.refine {
+        found.extend(check_learned(params, recipe.calibrate.as_ref().map_or(0, |calibrate| calibrate.samples), source));
+    }
+    found.extend(check_repair(recipe, source));
     if let Some(objective) = &recipe.objective {
         if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let message = "there are no tokens to weigh: the quantizer sees none".to_owned();
@@ -77,6 +82,58 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     {
         let help = "use allocate.grid = \"asym\", or \"offset\" with [export.dense] alone";
         found.push(source.problem("allocate", "hqq fits zero points, and this grid stores none".into(), Some(help.into())));
+    }
+    found
+}
+
+/// Learned refinement that cannot learn.
+fn check_learned(params: &learned::Params, samples: usize, source: &Source) -> Vec<Problem> {
+    let mut found = Vec::new();
+    let mut add = |key: &str, message: String, help: &str| {
+        found.push(source.problem(&format!("refine.learned.{key}"), message, Some(help.to_owned())));
+    };
+    for (key, value) in [("rate", params.rate), ("scale_rate", params.scale_rate)] {
+        if !(value.is_finite() && value >= 0.0) {
+            add(key, format!("a rate of {value} leads nowhere"), "choose one from 0 up, such as 0.01");
+        }
+    }
+    if !(0.0..0.5).contains(&params.spread) {
+        add("spread", format!("{} reaches out of the code", params.spread), "choose one from 0 to 0.49");
+    }
+    if params.samples == 0 {
+        add("samples", "a step of no samples has no gradient".into(), "take some, such as 4");
+    }
+    if params.held_out == 0 {
+        add("held_out", "nothing is held out to judge steps by".into(), "hold out some samples, such as 8");
+    } else if samples > 0 && samples <= params.held_out {
+        let message = format!("{} of {samples} calibration samples are held out, and none is left to learn from", params.held_out);
+        add("held_out", message, "hold out fewer, or raise calibrate.samples");
+    }
+    if params.judged == 0 {
+        add("judged", "no step is ever judged".into(), "judge some, such as 10");
+    }
+    found
+}
+
+/// What repair asks for and cannot have.
+fn check_repair(recipe: &Recipe, source: &Source) -> Vec<Problem> {
+    let Some(repair) = &recipe.repair else { return Vec::new() };
+    let mut found = Vec::new();
+    let mut add = |key: &str, message: &str, help: &str| found.push(source.problem(key, message.to_owned(), Some(help.to_owned())));
+    let sequential = repair.order == Order::Sequential;
+    if sequential && !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
+        add("repair.order", "the quantizer sees no tokens, so it does not matter whose they are", "name [quantize.gptq], or leave it out");
+    }
+    for (key, asked) in [("propagate", repair.propagate.is_some()), ("router_repair", repair.router_repair.is_some())] {
+        if asked && !sequential {
+            add(&format!("repair.{key}"), "it mends what compressed layers before it disturb", "add order = \"sequential\"");
+        }
+    }
+    if repair.propagate.is_some_and(|alpha| !(0.0..=1.0).contains(&alpha)) {
+        add("repair.propagate", "the share lies between 0 and 1", "use 0.5, as QEP does");
+    }
+    if repair.router_repair.as_ref().is_some_and(|params| !(params.damping.is_finite() && params.damping >= 0.0)) {
+        add("repair.router_repair.damping", "a damping is at least 0", "leave it out for 0.01");
     }
     found
 }
@@ -449,6 +506,20 @@ mod tests {
                 .contains("1 bits half, group 128: compressed-tensors does not hold it")
         );
         assert!(said("bits_per_weight = 3\nchoices = [{ bits = 1, grid = \"sym\" }]", "[export.dense]").contains("there is no such grid"));
+    }
+
+    #[test]
+    fn what_weighs_and_mends_needs_tokens_and_an_order() {
+        let said = |extra: &str| said(&format!("{GOOD}{extra}"), Some(&shape())).join("\n");
+        assert_eq!(said("[objective]\ntoken_weight = \"affinity\"\npower = 1\n[repair]\norder = \"sequential\"\npropagate = 0.5\n"), "");
+        assert!(said("[objective]\ntoken_weight = \"affinity\"\npower = 3\n").contains("3 is no power of the routing weight; use 1 or 2"));
+        assert!(said("[objective]\npower = 1\n").contains("only the routing weight has a power"));
+        assert!(said("[repair]\npropagate = 0.5\n").contains("add order = \"sequential\""));
+        assert!(said("[repair.router_repair]\n").contains("add order = \"sequential\""));
+        assert!(said("[repair]\norder = \"sequential\"\npropagate = 1.5\n").contains("between 0 and 1"));
+        let rtn = GOOD.replace("gptq", "rtn") + "[objective]\n[repair]\norder = \"sequential\"\n";
+        let said = self::said(&rtn, None).join("\n");
+        assert!(said.contains("no tokens to weigh") && said.contains("the quantizer sees no tokens"), "{said}");
     }
 
     fn shape() -> Shape {

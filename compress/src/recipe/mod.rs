@@ -21,6 +21,7 @@ use crate::allocate::Allocate;
 use crate::export::Exports;
 use crate::objective::Objective;
 use crate::quantize::{Quantizer, Refine};
+use crate::repair::Repair;
 
 pub use check::{check, check_values};
 pub use invalid::{Invalid, Problem};
@@ -54,6 +55,9 @@ pub struct Recipe {
     /// What improves the quantizer's codes afterwards; needs a quantizer that solves against calibration tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
+    /// The order in which layers are solved, and what is mended beside the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<Repair>,
     /// How many bits each matrix gets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,

@@ -8,11 +8,13 @@ mod render;
 mod table;
 mod usage;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::plan::Summary;
+use crate::solved::Refit;
 use crate::{Error, Result};
 
 pub use render::{coverage, estimate, evaluation, markdown_report, plan, text_report};
@@ -32,6 +34,9 @@ pub struct Report {
     pub bits_per_weight: Option<f64>,
     /// What was written.
     pub outputs: Vec<OutputRow>,
+    /// Routers that were fitted behind compressed layers, by layer.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub routers: BTreeMap<usize, Refit>,
     /// How it does on the recipe's texts, beside the original.
     pub evaluation: Option<calib::evaluate::Report>,
 }

@@ -10,6 +10,7 @@ use super::{Cost, Report};
 use crate::allocate::decide::Spent;
 use crate::plan::Summary;
 use crate::run::{Item, Stage};
+use crate::solved::Refit;
 
 type Rows = Vec<Vec<String>>;
 
@@ -32,6 +33,7 @@ pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> Stri
     if !costs.is_empty() {
         text += &format!("\n{}", table(&cost_rows(costs)));
     }
+    text += &routers(report);
     text + &format!("\n{}; the result lies in {}\n", exceptions(&report.plan), out.display())
 }
 
@@ -46,7 +48,23 @@ pub fn markdown_report(report: &Report) -> String {
     if !shared_out.is_empty() {
         text += &format!("\n{shared_out}");
     }
+    text += &routers(report);
     text + &format!("\n{}.\n", exceptions(&report.plan))
+}
+
+/// What became of routers that were fitted; empty where none was.
+fn routers(report: &Report) -> String {
+    if report.routers.is_empty() {
+        return String::new();
+    }
+    let count = report.routers.len() as f64;
+    let mean = |of: fn(&Refit) -> f64| 100.0 * report.routers.values().map(of).sum::<f64>() / count;
+    let (before, after) = (mean(|r| r.overlap_before), mean(|r| r.overlap_after));
+    format!(
+        "\n{} routers were changed: behind compressed layers {before:.2}% of the original's choices of experts were made before, {after:.2}% \
+         after.\n",
+        report.routers.len()
+    )
 }
 
 fn heading(report: &Report) -> String {

@@ -1,6 +1,7 @@
 //! The five stages of one run.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use calib::corpus::{Corpus, Tokenizer};
@@ -21,6 +22,7 @@ use crate::plan::{self, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
 use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
+use crate::solved::Refit;
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result, apply};
@@ -171,6 +173,15 @@ impl<'a> Work<'a> {
         write_whole(&self.folder.path("plan.json"), text.as_bytes())
     }
 
+    /// The routers that were fitted, by layer.
+    fn routers(&self) -> Result<BTreeMap<usize, Refit>> {
+        let path = self.folder.path("routers.json");
+        if !path.is_file() {
+            return Ok(BTreeMap::new());
+        }
+        serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path, source })
+    }
+
     fn read_plan(&self) -> Result<Plan> {
         plan::read(&self.folder.path("plan.json"))
     }
@@ -178,8 +189,12 @@ impl<'a> Work<'a> {
     fn apply(&self, progress: &dyn Progress) -> Result<()> {
         let plan = self.read_plan()?;
         let samples = self.samples(progress)?.map(|samples| samples.ids.as_slice());
-        apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
-        Ok(())
+        let outcome = apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
+        if outcome.routers.is_empty() {
+            return Ok(());
+        }
+        let text = serde_json::to_string_pretty(&outcome.routers).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.folder.path("routers.json"), text.as_bytes())
     }
 
     fn export(&self, progress: &dyn Progress) -> Result<()> {
@@ -220,7 +235,8 @@ impl<'a> Work<'a> {
             fingerprint: self.shape.fingerprint.clone(),
             bytes: weight_bytes(dir)?,
         };
-        let report = Report { schema: 1, model, bits_per_weight: plan.bits_per_weight(), plan, outputs, evaluation };
+        let report =
+            Report { schema: 1, model, bits_per_weight: plan.bits_per_weight(), plan, outputs, routers: self.routers()?, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())

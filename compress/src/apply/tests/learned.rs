@@ -1,0 +1,92 @@
+//! Layers whose codes and scales are learned.
+
+use super::*;
+use crate::quantize::Refine;
+use crate::quantize::learned::Params;
+use crate::repair::{Order, Repair};
+use crate::solved::Judged;
+
+/// Two bits, so that there is something to learn.
+fn learning(model: &Model, order: Order, steps: u32) -> Plan {
+    let how = |_: &str, _: Role| Some(Quantize { bits: 2, grid: Grid::Half, ..four_bits() });
+    let mut plan = plan(model, Quantizer::Gptq(gptq::Params::default()), how);
+    plan.refine = Some(Refine::Learned(Params { steps, samples: 2, held_out: 2, judged: 4, ..Params::default() }));
+    plan.repair = Repair { order, ..Repair::default() };
+    plan
+}
+
+fn solved(model: &Model, plan: &Plan, dir: &Path) -> Outcome {
+    solve(model, plan, Some(&samples(model)), dir, Device::Cpu, &Quiet).unwrap()
+}
+
+/// What was said of each layer.
+fn judged(model: &Model, plan: &Plan, dir: &Path) -> Vec<Judged> {
+    let layers = work::by_layer(model, plan).unwrap();
+    let solved = Solved::finished(dir, plan, layers.len()).unwrap();
+    let of = |(layer, jobs): (usize, &Vec<Job<'_>>)| solved.open(layer).unwrap().report(jobs[0].name).unwrap().learned.unwrap();
+    layers.iter().enumerate().map(of).collect()
+}
+
+#[test]
+fn no_layer_is_left_worse_by_samples_that_no_step_saw_and_most_are_better() {
+    let (mut better, mut all) = (0, 0);
+    for name in ["mixtral", "phimoe", "deepseek_v2", "deepseek_v3_fp8", "qwen2_moe"] {
+        for order in [Order::Independent, Order::Sequential] {
+            let (model, dir) = (fixture(name), tempfile::tempdir().unwrap());
+            let plan = learning(&model, order, 12);
+            let outcome = solved(&model, &plan, dir.path());
+            assert!(outcome.matrices.contains_key(&By::GptqLearned), "{name}: {outcome:?}");
+            for Judged { before, after, step } in judged(&model, &plan, dir.path()) {
+                assert!(after <= before && before > 0.0 && (step > 0) == (after < before), "{name}: {after} {before} {step}");
+                better += usize::from(after < before);
+                all += 1;
+            }
+        }
+    }
+    assert!(4 * better > 3 * all, "{better} of {all}");
+}
+
+#[test]
+fn no_steps_are_what_they_start_from() {
+    let model = fixture("qwen3_moe");
+    let with = |refine| {
+        let dir = tempfile::tempdir().unwrap();
+        let plan = Plan { refine: Some(refine), ..learning(&model, Order::Independent, 0) };
+        solved(&model, &plan, dir.path());
+        let source = output::FromSolved::open(&model, &plan, dir.path()).unwrap();
+        let of = |part| crate::export::Source::quantized(&source, model.layout().name(Role::Layer(1, part)).unwrap()).unwrap();
+        [of(Part::Query), of(Part::Expert(0, calib::arch::Projection::Down))]
+    };
+    let Some(start) = learning(&model, Order::Independent, 0).refine else { panic!("it learns") };
+    assert_eq!(with(start), with(Refine::Descent(crate::quantize::descent::Params::default())));
+}
+
+#[test]
+fn bits_depend_neither_on_threads_nor_on_interruptions() {
+    let model = fixture("qwen3_moe");
+    for order in [Order::Independent, Order::Sequential] {
+        let plan = learning(&model, order, 4);
+        let with = |threads: usize| {
+            let dir = tempfile::tempdir().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| solved(&model, &plan, dir.path()));
+            solved_bytes(dir.path())
+        };
+        assert_eq!(with(1), with(3));
+        let killed = tempfile::tempdir().unwrap();
+        let kill = Kill(AtomicU64::new(1));
+        let run = || solve(&model, &plan, Some(&samples(&model)), killed.path(), Device::Cpu, &kill);
+        assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+        assert_eq!(solved(&model, &plan, killed.path()).resumed, 1);
+        assert_eq!(solved_bytes(killed.path()), with(2));
+    }
+}
+
+#[test]
+fn too_few_samples_are_refused() {
+    let (model, dir) = (fixture("qwen3_moe"), tempfile::tempdir().unwrap());
+    let mut plan = learning(&model, Order::Independent, 4);
+    plan.refine = Some(Refine::Learned(Params { held_out: 6, ..Params::default() }));
+    let said = solve(&model, &plan, Some(&samples(&model)), dir.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
+    assert!(said.contains("holds out 6 of 6 calibration samples"), "{said}");
+}

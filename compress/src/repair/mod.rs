@@ -1,0 +1,35 @@
+//! What mends the rest of a model after a matrix was quantized: the order of layers, the aim of a solver, the router.
+
+pub mod propagate;
+pub mod refit;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What mends what quantization disturbs; used where codes are chosen against calibration tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Repair {
+    /// Whose outputs a layer is solved on.
+    #[serde(default)]
+    pub order: Order,
+    /// With `sequential`: how far a solver aims at the output that the original inputs would give, 0 to 1 (QEP's α, 0.5 there).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub propagate: Option<f64>,
+    /// With `sequential`: fits each layer's router to the original's logits once its attention is compressed. Changes the router,
+    /// which nothing else does, and no byte of its size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router_repair: Option<refit::Params>,
+}
+
+/// Whose outputs a layer is solved on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Those of the original layers before it.
+    #[default]
+    Independent,
+    /// Those of the compressed layers before it, and inside a layer those of compressed attention for what follows it.
+    Sequential,
+}
