@@ -377,8 +377,8 @@ mod tests {
         assert_eq!((found.chosen, found.account.loss), (vec![0, 0, 1, 1], 9.0 + 1.0 + 0.5 + 1.0));
         let Spent { what, spent, price, .. } = &found.account.beside[0];
         assert_eq!((what.as_str(), *spent), ("bytes of layer 0", 136.0));
-        // 64 bytes more would let expert 0 save 8: an eighth of a unit each.
-        assert!((price - 0.125).abs() < 1e-6, "{price}");
+        // 64 bytes more let expert 0 of layer 0 save 8, and are taken from expert 0 of layer 1, which loses 1.5.
+        assert!((price - 6.5 / 64.0).abs() < 1e-6, "{price}");
         let low = Budgets { beside: vec![Budget { most: 100.0, ..budgets.beside[0].clone() }], ..budgets };
         let said = decide(&case, &low, &Constraints::default()).unwrap_err().to_string();
         assert!(said.starts_with("bytes of layer 0: 100.0") && said.contains("take 136.0"), "{said}");

@@ -246,8 +246,9 @@ impl<'a> Shared<'a> {
     fn solve(&self, w: ArrayView2<'_, f32>, width: &crate::quantize::Width) -> Result<Array2<f32>> {
         let (Some(factor), Quantizer::Gptq(params)) = (&self.factor, self.solver.quantizer) else { return self.round(w, width) };
         let solved = gptq::gptq(w, factor, width, params)?.matrix;
-        Ok(match self.solver.refine {
-            Some(Refine::Descent(params)) => descent::descent(w, &solved, self.h.view(), factor.lambda(), params)?.matrix,
+        // Learned codes start from those of the descent, if it has one; what learning adds is not known to the table.
+        Ok(match self.solver.refine.and_then(Refine::descent) {
+            Some(params) => descent::descent(w, &solved, self.h.view(), factor.lambda(), &params)?.matrix,
             None => solved,
         }
         .dequantize())

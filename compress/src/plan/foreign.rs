@@ -113,10 +113,10 @@ fn gptqmodel(plan: &Plan) -> Result<String> {
                 }
             }
             // Norms and biases are no modules that it would quantize; a router or an excluded matrix is.
-            Action::Keep if name.ends_with(".weight") && name.contains(".layers.") && !name.contains("norm") => {
+            Action::Keep | Action::Refit if name.ends_with(".weight") && name.contains(".layers.") && !name.contains("norm") => {
                 dynamic.insert(format!("-:^{module}$"), json!({}));
             }
-            Action::Keep | Action::Drop { .. } => {}
+            Action::Keep | Action::Refit | Action::Drop { .. } => {}
         }
     }
     let mut config = settings("the commonest width", &common)?;
@@ -168,6 +168,15 @@ pub fn llama_quantize(allocate: &Allocate, shape: &Shape, measured: Option<&Meas
     let prepared = Prepared::new(&allocate, shape, measured);
     if !prepared.choices.iter().any(|c| GGML.iter().any(|(bits, ..)| *bits == c.bits)) {
         return Err(refused(TOOL, "none of allocate.choices has 2, 3, 4, 5, 6 or 8 bits".into()));
+    }
+    let smallest = GGML.iter().filter(|(bits, ..)| prepared.choices.iter().any(|c| c.bits == *bits)).min_by_key(|(bits, ..)| *bits);
+    if let Some((_, name, block)) = smallest
+        && let Some(m) = prepared.matrices.iter().find(|m| !m.shape[1].is_multiple_of(*block))
+    {
+        return Err(refused(
+            TOOL,
+            format!("{}: its {} inputs are no multiple of the {block} weights of a block of {name}", m.name, m.shape[1]),
+        ));
     }
     let decision = prepared.decide(asked.bytes)?;
     let mut lines: BTreeMap<(usize, &'static str), &'static str> = BTreeMap::new();
