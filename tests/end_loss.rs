@@ -14,7 +14,7 @@ use calib::corpus::{Corpus, Text, Tokenizer};
 use calib::device::Device;
 use calib::evaluate::{Models, Windows, evaluate};
 use calib::progress::Quiet;
-use calib::sample::{Calibrate, Sampler, draw};
+use calib::sample::{Calibrate, draw};
 use calib::stats::end_loss::{LayerWeights, SiteLoss};
 use calib::stats::sites;
 use calib::{Model, Weights};
@@ -88,8 +88,7 @@ impl Bench {
         let folder = place("MOEPRESS_MODEL", "moe-4m");
         let model = Model::open(&folder).unwrap();
         let vocab = model.spec().vocab;
-        let calibrate =
-            Calibrate { corpus: vec![], samples, tokens: 512, seed: 0, sampler: Sampler::default(), similarity_tokens: 0, traces: false };
+        let calibrate = Calibrate { samples, tokens: 512, ..Calibrate::over(vec![]) };
         let ids = draw(&calibrate, &corpus(&place("MOEPRESS_CALIB", "text/calib"), &folder, vocab)).unwrap().ids;
         let test = Windows::of(&corpus(&place("MOEPRESS_TEST", "text/test"), &folder, vocab), 512, Some(max_tokens)).unwrap();
         Self { model, ids, test }

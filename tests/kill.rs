@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 
 use place::{Place, assert_same, small_recipe};
 
+/// Runs that are started to catch one at a certain moment.
+const TRIES: usize = 3;
+
 type Files = BTreeMap<String, Vec<u8>>;
 
 fn start(place: &Place, out: &str, threads: &str) -> Child {
@@ -62,16 +65,25 @@ fn killed_and_started_again_it_ends_with_the_same_bytes() {
         "moepress/export.done",
         "moepress/report.json",
     ];
-    let mut killed = 0;
+    let mut killed = Vec::new();
     for (i, moment) in moments.iter().enumerate() {
-        let out = format!("out-{i}");
-        let path = place.path().join(&out).join(moment);
-        killed += usize::from(kill_when(start(&place, &out, "2"), || path.exists()));
-        let again = finish(&place, &out, if i % 2 == 0 { "2" } else { "1" });
-        assert_same(&again, &whole, &format!("killed when {moment} was there"));
+        // A run may be over before it is seen to have come so far: then another one, in a directory of its own.
+        for attempt in 0..TRIES {
+            let out = format!("out-{i}-{attempt}");
+            let path = place.path().join(&out).join(moment);
+            let alive = kill_when(start(&place, &out, "2"), || path.exists());
+            let again = finish(&place, &out, if i % 2 == 0 { "2" } else { "1" });
+            assert_same(&again, &whole, &format!("killed when {moment} was there"));
+            if alive {
+                killed.push(*moment);
+                break;
+            }
+        }
     }
-    // The last files are there for so short a time that a run may end before it is killed.
-    assert!(killed >= moments.len() - 4, "only {killed} of {} runs were killed", moments.len());
+    // On a fast machine the last files are there for so short a time that no run is caught; of those that whole layers follow,
+    // three in a row not caught would be a mistake of this test.
+    let in_time = |stage: &str| killed.iter().any(|moment| moment.starts_with(stage));
+    assert!(in_time("moepress/stats/layer") && in_time("moepress/solved/layer"), "killed in time: {killed:?}");
 }
 
 #[test]

@@ -118,7 +118,7 @@ fn rounding_and_exporting_hold_a_few_matrices() {
         allocation: None,
         tensors: model.layout().roles().map(|(role, name)| (name.to_owned(), action(role))).collect(),
     };
-    let exports = Exports { compressed_tensors: Some(CompressedTensors {}), dense: Some(Dense {}) };
+    let exports = Exports { compressed_tensors: Some(CompressedTensors {}), dense: Some(Dense {}), ..Exports::default() };
     let largest = (HIDDEN * INNER * 4) as u64;
     let held = peak(|| {
         let work = out.join("moepress");

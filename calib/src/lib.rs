@@ -24,4 +24,4 @@ mod weights;
 
 pub use error::{Error, Result};
 pub use model::Model;
-pub use weights::Weights;
+pub use weights::{Applied, Weights};

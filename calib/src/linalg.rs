@@ -100,23 +100,113 @@ pub fn inverse_factor(h: Array2<f32>) -> Result<Upper> {
     Ok(Upper { side, columns })
 }
 
-/// `h += xᵀ·x` for `x` `[rows, side]`, on the upper triangle of `h` alone; [`mirror`] fills the other.
-///
-/// # Panics
-///
-/// If `h` is not square of `x`'s width, or not row by row in memory.
-pub fn add_gram(mut h: ArrayViewMut2<'_, f32>, x: ArrayView2<'_, f32>) {
-    let side = x.ncols();
-    assert_eq!(h.dim(), (side, side), "a second moment of {side} inputs is square");
-    let x = x.as_standard_layout();
-    let rows = x.nrows();
-    if let (Some(h), Some(x)) = (h.as_slice_mut(), x.as_slice()) {
-        let x = MatRef::from_row_major_slice(x, rows, side);
-        let h = MatMut::from_row_major_slice_mut(h, side, side);
+/// Rows of a [`Triangle`] that lie together: wide enough for products, narrow enough that little lies below the diagonal.
+const BAND: usize = 256;
+
+/// The upper triangle of a symmetric matrix, `[side, side]`, in bands of [`BAND`] rows: each from its first row's diagonal on, row by
+/// row, so that about half of the matrix is kept. What lies below the diagonal in a band stays zero.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Triangle {
+    side: usize,
+    bands: Vec<f32>,
+}
+
+impl Triangle {
+    /// Zeros.
+    pub fn new(side: usize) -> Self {
+        let values = Self::layout(side).map(|(start, rows)| rows * (side - start)).sum();
+        Self { side, bands: vec![0.0; values] }
+    }
+
+    /// The upper triangle of a matrix.
+    ///
+    /// # Panics
+    ///
+    /// If it is not square.
+    pub fn of(matrix: ArrayView2<'_, f32>) -> Self {
+        assert_eq!(matrix.nrows(), matrix.ncols(), "a symmetric matrix is square");
+        let mut triangle = Self::new(matrix.nrows());
+        triangle.each_row(|row, values| values.iter_mut().zip(matrix.row(row).iter().skip(row)).for_each(|(to, &from)| *to = from));
+        triangle
+    }
+
+    /// First row and rows of every band.
+    fn layout(side: usize) -> impl Iterator<Item = (usize, usize)> {
+        (0..side).step_by(BAND).map(move |start| (start, BAND.min(side - start)))
+    }
+
+    /// Every row from its diagonal on.
+    fn each_row(&mut self, mut with: impl FnMut(usize, &mut [f32])) {
+        let mut rest = self.bands.as_mut_slice();
+        for (start, rows) in Self::layout(self.side) {
+            let (band, after) = std::mem::take(&mut rest).split_at_mut(rows * (self.side - start));
+            rest = after;
+            for (i, row) in band.chunks_exact_mut(self.side - start).enumerate() {
+                with(start + i, &mut row[i..]);
+            }
+        }
+    }
+
+    /// Rows, and columns.
+    pub fn side(&self) -> usize {
+        self.side
+    }
+
+    /// The diagonal.
+    pub fn diagonal(&self) -> impl Iterator<Item = f32> {
+        let mut first = 0;
+        Self::layout(self.side).flat_map(move |(start, rows)| {
+            let (at, width) = (first, self.side - start);
+            first += rows * width;
+            (0..rows).map(move |i| self.bands[at + i * width + i])
+        })
+    }
+
+    /// Adds `xᵀ·x` for `x` `[rows, side]`.
+    ///
+    /// # Panics
+    ///
+    /// If `x` is not as wide.
+    pub fn add_gram(&mut self, x: ArrayView2<'_, f32>) {
+        assert_eq!(x.ncols(), self.side, "a second moment of {} inputs", self.side);
+        let x = x.as_standard_layout();
+        let (count, side) = (x.nrows(), self.side);
+        let Some(x) = x.as_slice() else { return };
+        let x = MatRef::from_row_major_slice(x, count, side);
         let (upper, full) = (triangular::BlockStructure::TriangularUpper, triangular::BlockStructure::Rectangular);
-        triangular::matmul(h, upper, Accum::Add, x.transpose(), full, x, full, 1.0_f32, Par::Seq);
-    } else {
-        panic!("a second moment lies row by row in memory");
+        let mut rest = self.bands.as_mut_slice();
+        for (start, rows) in Self::layout(side) {
+            let (band, after) = std::mem::take(&mut rest).split_at_mut(rows * (side - start));
+            rest = after;
+            let (own, beyond) = MatMut::from_row_major_slice_mut(band, rows, side - start).split_at_col_mut(rows);
+            let left = x.subcols(start, rows);
+            triangular::matmul(own, upper, Accum::Add, left.transpose(), full, left, full, 1.0_f32, Par::Seq);
+            let right = x.subcols(start + rows, side - start - rows);
+            matmul(beyond, Accum::Add, left.transpose(), right, 1.0_f32, Par::Seq);
+        }
+    }
+
+    /// Makes it `own · self + with · other`.
+    ///
+    /// # Panics
+    ///
+    /// If the other is not of the same size.
+    pub fn combine(&mut self, own: f32, other: &Self, with: f32) {
+        assert_eq!(self.side, other.side, "two triangles of one size");
+        self.bands.iter_mut().zip(&other.bands).for_each(|(a, &b)| *a = own * *a + with * b);
+    }
+
+    /// Multiplies it.
+    pub fn scale(&mut self, by: f32) {
+        self.bands.iter_mut().for_each(|value| *value *= by);
+    }
+
+    /// The whole matrix, `[side, side]`.
+    pub fn to_dense(mut self) -> Array2<f32> {
+        let mut whole = Array2::zeros((self.side, self.side));
+        self.each_row(|row, values| whole.row_mut(row).iter_mut().skip(row).zip(&*values).for_each(|(to, &from)| *to = from));
+        mirror(whole.view_mut());
+        whole
     }
 }
 
@@ -224,10 +314,9 @@ mod tests {
     }
 
     fn gram(rows: usize, side: usize, seed: u64) -> Array2<f32> {
-        let mut h = Array2::zeros((side, side));
-        add_gram(h.view_mut(), matrix(rows, side, seed).view());
-        mirror(h.view_mut());
-        h
+        let mut h = Triangle::new(side);
+        h.add_gram(matrix(rows, side, seed).view());
+        h.to_dense()
     }
 
     #[test]
@@ -273,14 +362,28 @@ mod tests {
 
     #[test]
     fn grams_add_up_over_batches() {
-        let (first, second) = (matrix(9, 6, 1), matrix(4, 6, 2));
-        let mut h = Array2::zeros((6, 6));
-        add_gram(h.view_mut(), first.view());
-        add_gram(h.view_mut(), second.view());
-        assert_eq!(h[(3, 1)], 0.0, "the lower triangle is untouched");
-        mirror(h.view_mut());
-        let by_hand = first.t().dot(&first) + second.t().dot(&second);
-        assert!((&h - &by_hand).iter().all(|x| x.abs() < 1e-5));
+        // One band, whole bands, and a tail.
+        for side in [6, 2 * BAND, BAND + 3] {
+            let (first, second) = (matrix(9, side, 1), matrix(4, side, 2));
+            let mut h = Triangle::new(side);
+            h.add_gram(first.view());
+            h.add_gram(second.view());
+            let by_hand = first.t().dot(&first) + second.t().dot(&second);
+            assert!(h.diagonal().zip(by_hand.diag()).all(|(a, b)| (a - b).abs() < 1e-5));
+            assert_eq!(h, Triangle::of(h.clone().to_dense().view()), "what lies below the diagonal is not kept");
+            assert!((&h.to_dense() - &by_hand).iter().all(|x| x.abs() < 1e-5), "side {side}");
+        }
+    }
+
+    #[test]
+    fn a_triangle_takes_about_half() {
+        let (side, bands) = (2048, Triangle::new(2048).bands.len());
+        assert_eq!(bands, side * (side + BAND) / 2);
+        let mut h = Triangle::of(array![[1.0, 2.0], [9.0, 3.0]].view());
+        h.combine(2.0, &Triangle::of(array![[1.0, 1.0], [1.0, 1.0]].view()), -1.0);
+        h.scale(2.0);
+        assert_eq!(h.to_dense(), array![[2.0, 6.0], [6.0, 10.0]]);
+        assert_eq!(Triangle::new(0).to_dense().dim(), (0, 0));
     }
 
     #[test]

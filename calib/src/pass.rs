@@ -24,6 +24,7 @@ use crate::device::{Device, Job};
 use crate::forward::{Options, decoder_layer, embed};
 use crate::progress::Progress;
 use crate::sample::{Calibrate, Samples};
+use crate::stats::store::SCHEMA;
 use crate::stats::{LayerStats, Manifest, Part, Store};
 use crate::{Error, Result, Weights};
 
@@ -31,8 +32,8 @@ pub use draw::{Draw, draw, routing_counts};
 pub use measure::{Measure, Measured};
 pub use peak::peak_bytes;
 pub use snapshot::Snapshots;
-pub use watch::Watch;
 use watch::Watched;
+pub use watch::{Spread, Watch};
 
 /// What streams past what.
 #[derive(Clone, Copy)]
@@ -131,7 +132,7 @@ impl Pass<'_> {
         let (samples, tokens) = (self.samples.ids.len(), self.samples.tokens);
         let part = Part { corpus: self.samples.hash(), sampler, seed, samples, tokens, similarity_tokens, traces };
         Manifest {
-            schema: 1,
+            schema: SCHEMA,
             model: self.fingerprint.to_owned(),
             layers: self.weights.spec().layers.len(),
             domains: self.samples.domains.clone(),

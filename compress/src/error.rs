@@ -45,6 +45,18 @@ pub enum Error {
         what: String,
     },
 
+    /// Experts that too few tokens reached, where the recipe's rule is to stop.
+    #[error(
+        "too few calibration tokens reached {}, and calibrate.undercalibrated says stop:{}\nask for more samples or \
+         [calibrate.sampler.balanced], or name another rule: blend or rtn",
+        plural(experts.len(), "expert", "experts"),
+        listed(experts)
+    )]
+    Undercalibrated {
+        /// Each with its layer, its tokens and those it needs.
+        experts: Vec<String>,
+    },
+
     // ---- quantize ----
     /// Codes, scales or packed words that do not hold together.
     #[error(transparent)]
@@ -258,7 +270,7 @@ pub enum Error {
     },
 
     /// No format was asked for.
-    #[error("the recipe names no export; add [export.compressed_tensors] or [export.dense]")]
+    #[error("the recipe names no export; add [export.compressed_tensors], [export.native] or [export.dense]")]
     NoExport,
 
     /// Matrices that a format cannot hold.
@@ -291,6 +303,26 @@ pub enum Error {
     },
 
     // ---- run, cli ----
+    /// A run that does not fit the memory it is given.
+    #[error(
+        "--memory {budget}: the stage {stage} holds {peak} with one batch or expert in flight, of it {hidden} of hidden states of \
+         {tokens} tokens a copy; {advice}"
+    )]
+    Memory {
+        /// What may be held.
+        budget: String,
+        /// The stage that holds most.
+        stage: &'static str,
+        /// What it holds.
+        peak: String,
+        /// One copy of the samples' hidden states.
+        hidden: String,
+        /// Tokens of the samples.
+        tokens: usize,
+        /// What would fit.
+        advice: String,
+    },
+
     /// An output directory that another process works on.
     #[error("another moepress is at work in {}; wait for it, or give another directory with --out", out.display())]
     Busy {
@@ -331,6 +363,15 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What it is instead.
+        what: String,
+    },
+
+    /// A folder without statistics.
+    #[error("{}: {what}; name a folder of statistics, or an output directory whose calibration is done", dir.display())]
+    NoStats {
+        /// The folder.
+        dir: PathBuf,
+        /// What is not there.
         what: String,
     },
 

@@ -6,6 +6,7 @@
 
 pub mod allocate;
 pub mod apply;
+mod blend;
 pub mod cli;
 pub mod dump;
 mod error;

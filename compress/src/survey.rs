@@ -4,7 +4,10 @@
 //! pass's own: for every site in flight a moment and its factor (`12 · K²` bytes for `K` inputs), the three matrices of its MLP in
 //! f32, and one matrix with its working copies (`16` bytes a weight).
 
+mod few;
 mod outputs;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -13,19 +16,21 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use calib::arch::{Kind, Part, Projection, Role, Site};
 use calib::backward::Receive;
 use calib::forward::Routed;
-use calib::pass::Watch;
-use calib::sample::Samples;
+use calib::pass::{Spread, Watch};
 use calib::stats::end_loss::{LayerWeights, SiteLoss};
-use calib::stats::{GateSums, Moment, Store};
+use calib::stats::{GateSums, LayerStats, Moment, Store, Undercalibrated};
 use calib::{Model, Weights};
 use ndarray::{Array2, ArrayView2, Axis};
+use rayon::prelude::*;
 
 use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Solver, Table, Wanted, outlier_score, row_weights, scored};
-use crate::allocate::{Allocate, Choice, Cost, Fill, Matrix, pmq};
+use crate::allocate::{Choice, Cost, Fill, Matrix, pmq};
 use crate::apply::boxed;
+use crate::blend::{self, LayerRows};
 use crate::objective::Coefficients;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result};
+use few::{Few, too_few};
 use outputs::Entered;
 
 /// Of the experts of a layer, every how many-th is solved where the table is estimated.
@@ -40,6 +45,9 @@ pub struct Survey<'a> {
     choices: Vec<Choice>,
     /// Calibration tokens.
     tokens: u64,
+    /// What becomes of experts that too few of them reached.
+    rule: Undercalibrated,
+    few: Few,
     /// Matrices by layer and site.
     jobs: BTreeMap<(usize, Site), Vec<&'a Matrix>>,
     /// `OUT/moepress`.
@@ -65,12 +73,10 @@ impl<'a> Survey<'a> {
         model: &'a Model,
         solver: Solver<'a>,
         matrices: &'a [Matrix],
-        (allocate, choices): (&Allocate, Vec<Choice>),
-        samples: &Samples,
+        (cost, fill, choices): (Cost, Fill, Vec<Choice>),
+        (tokens, rule): (u64, Undercalibrated),
         dir: &Path,
     ) -> Self {
-        let Allocate { cost, fill, .. } = *allocate;
-        let params = allocate.pmq.unwrap_or_default();
         let mut jobs: BTreeMap<(usize, Site), Vec<&Matrix>> = BTreeMap::new();
         for matrix in matrices.iter().filter(|m| cost.covers(m.kind())) {
             if let Some(site) = matrix.part.site() {
@@ -83,7 +89,9 @@ impl<'a> Survey<'a> {
             cost,
             fill,
             choices,
-            tokens: samples.total_tokens() as u64,
+            tokens,
+            rule,
+            few: Few::default(),
             jobs,
             dir: dir.to_owned(),
             moments: Mutex::default(),
@@ -91,8 +99,14 @@ impl<'a> Survey<'a> {
             entries: Mutex::default(),
             coefficients: Coefficients::new(model),
             entered: Mutex::default(),
-            pmq: (params, params.batch * samples.tokens),
+            pmq: (pmq::Params::default(), usize::MAX),
         }
+    }
+
+    /// PMQ's knobs, for samples of so many tokens.
+    #[must_use]
+    pub fn with_pmq(self, params: pmq::Params, tokens: usize) -> Self {
+        Self { pmq: (params, params.batch * tokens), ..self }
     }
 
     fn layer_path(&self, layer: usize) -> PathBuf {
@@ -166,9 +180,13 @@ impl<'a> Survey<'a> {
     /// Turns every expert's ε into PMQ's cost, a third for each of its matrices.
     fn weigh(&self, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
         let store = Store::new(self.dir.join("stats"));
+        let mut read: Option<(usize, LayerStats)> = None;
         for job in self.jobs.values().flatten() {
             let (Part::Expert(expert, _), Some(entry)) = (job.part, entries.get_mut(&job.name)) else { continue };
-            let Some(experts) = store.get(job.layer)?.experts else { continue };
+            if read.as_ref().is_none_or(|(layer, _)| *layer != job.layer) {
+                read = Some((job.layer, store.get(job.layer)?));
+            }
+            let Some(experts) = read.as_ref().and_then(|(_, stats)| stats.experts.as_ref()) else { continue };
             let share = |sums: Vec<f64>| sums[expert] / sums.iter().sum::<f64>().max(f64::MIN_POSITIVE);
             let phi = share(experts.router.load().iter().map(|&n| n as f64).collect());
             let w = share(experts.router.mass.sum_axis(Axis(0)).to_vec());
@@ -232,6 +250,7 @@ impl<'a> Survey<'a> {
         if !self.jobs.contains_key(&(layer, site)) {
             return Ok(());
         }
+        self.few.weigh(site, &weights);
         // Taken out while it grows, so that other sites are not kept waiting.
         let mut moment = held(&self.moments).remove(&site).unwrap_or_else(|| Moment::new(rows.ncols()));
         moment.add(rows, Some(&weights));
@@ -248,29 +267,80 @@ impl<'a> Survey<'a> {
         }
     }
 
-    /// Losses of a site's matrices, with the row weights of each; sums over tokens are multiplied by `unit`.
+    /// Losses of a site's matrices, with the row weights of each; sums over tokens are multiplied by `unit`. Where too few tokens
+    /// came, the moment is blended first; where none did, this waits for the layer's end.
     fn judge<'r>(
         &self,
         (layer, site): (usize, Site),
-        moment: Array2<f32>,
+        mut moment: Moment,
         unit: f64,
         rows: impl Fn(Part) -> Option<&'r [f64]>,
     ) -> Result<()> {
+        if too_few(self.rule, site, moment.tokens(), moment.width()) {
+            if moment.tokens() == 0 {
+                self.few.unseen(site);
+                return Ok(());
+            }
+            if let Some(all) = self.few.layer() {
+                all.blend(self.model, layer, site, &mut moment)?;
+            }
+            return self.losses((layer, site), moment, unit, self.wanted_of_few(site), rows);
+        }
+        self.losses((layer, site), moment, unit, self.wanted(site), rows)
+    }
+
+    /// What is wanted where too few tokens came: with the rule `rtn`, the losses of rounding as they are.
+    fn wanted_of_few(&self, site: Site) -> Wanted {
+        if matches!(self.rule, Undercalibrated::Rtn(_)) { Wanted::Rounded } else { self.wanted(site) }
+    }
+
+    fn losses<'r>(
+        &self,
+        (layer, site): (usize, Site),
+        moment: Moment,
+        unit: f64,
+        wanted: Wanted,
+        rows: impl Fn(Part) -> Option<&'r [f64]>,
+    ) -> Result<()> {
         let Some(jobs) = self.jobs.get(&(layer, site)) else { return Ok(()) };
-        let wanted = self.wanted(site);
-        let shared = Shared::new(moment, &self.choices, self.solver, unit, wanted)?;
+        let shared = Shared::new(moment.into_matrix(), &self.choices, self.solver, unit, wanted)?;
         for job in jobs {
             let w = self.model.matrix(Role::Layer(job.layer, job.part))?;
-            let (rounded, solved) = shared.losses(w.view(), rows(job.part), job.scale, wanted)?;
+            let (mut rounded, mut solved) = shared.losses(w.view(), rows(job.part), job.scale, wanted)?;
+            // Rounded for good: no ratio of what solving makes of it.
+            if wanted == Wanted::Rounded && self.wanted(site) != wanted {
+                std::mem::swap(&mut rounded, &mut solved);
+            }
             held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved });
         }
         Ok(())
     }
 
+    /// Losses of the matrices that no token reached: those of one token of the layer's average; a sum over tokens is multiplied by
+    /// `unit`.
+    fn judge_unseen(&self, layer: usize, unit: f64) -> Result<()> {
+        let (unseen, all) = self.few.finish();
+        let Some(all) = all else { return Ok(()) };
+        unseen.into_par_iter().try_for_each(|(site, weight)| {
+            let (Site::ExpertIn(expert) | Site::ExpertDown(expert)) = site else { return Ok(()) };
+            let Some(first) = self.jobs.get(&(layer, site)).and_then(|jobs| jobs.first()) else { return Ok(()) };
+            let mut moment = Moment::new(first.shape[1]);
+            all.blend(self.model, layer, site, &mut moment)?;
+            moment.scale(weight as f32);
+            let rows = match (self.cost, before_down(site)) {
+                (Cost::Hessian, Some((_, part))) => {
+                    let down = self.model.matrix(Role::Layer(layer, part))?;
+                    Some(row_weights(&all.inner(self.model, layer, expert)?.gates, down.view()))
+                }
+                _ => None,
+            };
+            self.losses((layer, site), moment, unit, self.wanted_of_few(site), |part| of_part(rows.as_ref(), part))
+        })
+    }
+
     /// Losses of a site's matrices when all its rows have been seen going forward.
     fn judge_outputs(&self, layer: usize, site: Site) -> Result<()> {
         let Some(first) = self.jobs.get(&(layer, site)).and_then(|jobs| jobs.first()) else { return Ok(()) };
-        // Where no token came, no width costs anything on these texts.
         let moment = held(&self.moments).remove(&site).unwrap_or_else(|| Moment::new(first.shape[1]));
         let rows = match before_down(site) {
             Some((down, part)) => {
@@ -280,9 +350,27 @@ impl<'a> Survey<'a> {
             }
             None => None,
         };
-        self.judge((layer, site), moment.into_matrix(), 1.0 / self.tokens.max(1) as f64, |part| {
-            rows.as_ref().map(|[gate, up]| if projection(part) == Some(Projection::Gate) { gate.as_slice() } else { up })
-        })
+        self.judge((layer, site), moment, self.unit(), |part| of_part(rows.as_ref(), part))
+    }
+
+    /// What a sum over tokens is multiplied by: the squared error a token, or half of the nats.
+    fn unit(&self) -> f64 {
+        let share = if self.cost == Cost::EndLoss { 0.5 } else { 1.0 };
+        share / self.tokens.max(1) as f64
+    }
+
+    /// Keeps what enters a layer's experts, if one of them that is wanted was given too few rows.
+    fn enter(&self, layer: usize, rows: &Spread<'_>, loads: &[u64]) -> calib::Result<()> {
+        if self.reruns() {
+            return Ok(());
+        }
+        let few = |site, rows| self.jobs.get(&(layer, site)).is_some_and(|jobs| too_few(self.rule, site, rows, jobs[0].shape[1]));
+        if loads.iter().enumerate().any(|(e, &rows)| few(Site::ExpertIn(e), rows) || few(Site::ExpertDown(e), rows)) {
+            let spec = self.model.spec();
+            let most = blend::rows(spec.hidden, spec.moe(layer).map_or(0, |moe| moe.inner));
+            self.few.enter(LayerRows::new(rows(most)?));
+        }
+        Ok(())
     }
 
     fn put(&self, layer: usize) -> Result<()> {
@@ -308,6 +396,11 @@ fn importance(store: &Store, layer: usize) -> Result<f64> {
     let Some(experts) = store.get(layer)?.experts else { return Ok(0.0) };
     let tokens = experts.block.tokens.sum().max(1) as f64;
     Ok(1.0 - experts.block.residual.sum() / tokens)
+}
+
+/// Row weights of gate or of up.
+fn of_part(rows: Option<&[Vec<f64>; 2]>, part: Part) -> Option<&[f64]> {
+    rows.map(|[gate, up]| if projection(part) == Some(Projection::Gate) { gate.as_slice() } else { up })
 }
 
 fn projection(part: Part) -> Option<Projection> {
@@ -348,12 +441,16 @@ impl Watch for Survey<'_> {
         held(&self.gates).entry(down).or_insert_with(|| GateSums::new(inner)).merge(&sums)
     }
 
+    fn entered(&self, layer: usize, rows: &Spread<'_>, loads: &[u64]) -> calib::Result<()> {
+        self.enter(layer, rows, loads)
+    }
+
     fn done(&self, layer: usize, site: Site) -> calib::Result<()> {
         if self.reruns() { self.judge_mlp(layer, site) } else { self.judge_outputs(layer, site) }.map_err(boxed)
     }
 
     fn layer_done(&self, layer: usize) -> calib::Result<()> {
-        self.put(layer).map_err(boxed)
+        self.judge_unseen(layer, self.unit()).and_then(|()| self.put(layer)).map_err(boxed)
     }
 
     fn has(&self, layer: usize) -> bool {
@@ -366,14 +463,19 @@ impl Receive for Survey<'_> {
         self.jobs.contains_key(&(layer, site))
     }
 
+    fn entered(&self, layer: usize, rows: &Spread<'_>, loads: &[u64]) -> calib::Result<()> {
+        self.enter(layer, rows, loads)
+    }
+
     fn site(&self, layer: usize, loss: SiteLoss) -> calib::Result<()> {
         // Half of a sum over tokens, in nats a token.
         let unit = 0.5 / loss.tokens.max(1) as f64;
         let rows = |part| loss.outputs.iter().find(|(p, _)| *p == part).and_then(|(_, r)| r.as_slice());
-        self.judge((layer, loss.site), loss.moment.clone(), unit, rows).map_err(boxed)
+        self.judge((layer, loss.site), Moment::from_sums(loss.moment, loss.rows), unit, rows).map_err(boxed)
     }
 
-    fn layer(&self, layer: usize, _: LayerWeights) -> calib::Result<()> {
-        self.put(layer).map_err(boxed)
+    fn layer(&self, layer: usize, weights: LayerWeights) -> calib::Result<()> {
+        weights.sites.iter().for_each(|(site, weights)| self.few.weigh(*site, &weights.v));
+        self.judge_unseen(layer, self.unit()).and_then(|()| self.put(layer)).map_err(boxed)
     }
 }

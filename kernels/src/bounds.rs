@@ -21,3 +21,19 @@ pub const SOLVER: f64 = 1e-3;
 /// Relative error of an f32 product or factorization of side up to 4096 against f64, at most, at the condition (up to 1e5)
 /// that 1% damping leaves: √4096 · 2⁻²⁴ · 1e5 would be 0.4 at worst; 1e-3 is ten times what was seen.
 pub const FACTOR: f64 = 1e-3;
+
+/// Relative error of weights whose real zeros were turned into offsets in f32 and back: two roundings of a number up to 2^8 steps from the
+/// weight it ends in.
+pub const OFFSET: f64 = 512.0 / 16_777_216.0;
+
+/// Relative error of a product in f32 with up to 4096 inputs against f64, at most, whatever the order of its sums: √4096 · 2⁻²⁴ would be
+/// 4e-6 for sums of like size; five times that where they cancel, which is also what the specification allows one projection.
+pub const EXACT: f64 = 2e-5;
+
+/// The same with activations rounded to signed bytes in runs of 32: a step is 1/127 of the largest, its error 1/√12 of that; for even
+/// and for bell-shaped activations 0.4% and 0.7% of their root mean square, and the weights cannot average it away. Twice that.
+pub const FAST: f64 = 1.5e-2;
+
+/// Relative error of a whole expert layer with 16-bit activations: what specs ask of the kernels, with the rounding of the output (half a
+/// unit in the last of eight bits) and of the activations between the products in it.
+pub const LAYER: f64 = 5e-3;

@@ -3,7 +3,8 @@
 use ndarray::Array2;
 use rayon::prelude::*;
 
-use crate::QuantizedMatrix;
+use crate::layout::{Grid, Packed};
+use crate::{QuantizedMatrix, Result};
 
 /// How the product `(u − z) · s` is rounded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,6 +46,28 @@ impl QuantizedMatrix {
     }
 }
 
+impl Packed {
+    /// The weights of each matrix in it, `[out, in]`: `(q − z) · s` in f32, or `fma(s, q, o)` where offsets are stored.
+    ///
+    /// # Errors
+    ///
+    /// As [`Packed::unpack`].
+    pub fn dequantize(&self) -> Result<Vec<Array2<f32>>> {
+        let matrices = self.unpack()?;
+        if self.form.grid != Grid::Offset {
+            return Ok(matrices.iter().map(QuantizedMatrix::dequantize).collect());
+        }
+        let one = |(which, matrix): (usize, &QuantizedMatrix)| {
+            let length = matrix.group_len().max(1);
+            Array2::from_shape_fn((matrix.outputs, matrix.inputs), |(row, k)| {
+                let (scale, offset) = self.scale_and_zero(which, row, k / length);
+                scale.mul_add(f32::from(matrix.codes[row * matrix.inputs + k]), offset)
+            })
+        };
+        Ok(matrices.iter().enumerate().map(one).collect())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use ndarray::array;
@@ -83,6 +106,26 @@ mod tests {
         matrix.scales = vec![1.007_812_5, 1.0];
         assert_eq!(matrix.dequantize()[(0, 1)], 3.023_437_5);
         assert_eq!(matrix.dequantize_as(Product::Bf16)[(0, 1)], 3.031_25);
+    }
+
+    #[test]
+    fn an_offset_is_one_fused_step() {
+        let matrix = QuantizedMatrix {
+            outputs: 1,
+            inputs: 32,
+            bits: 2,
+            group: Group::Size(32),
+            scale_type: ScaleType::F32,
+            codes: (0..32).map(|i| i % 4).collect(),
+            scales: vec![0.1],
+            zeros: Zeros::Offset(vec![0.3]),
+        };
+        let weights = &Packed::new(&matrix).unwrap().dequantize().unwrap()[0];
+        let offset = -(0.3_f32 * 0.1);
+        assert_eq!(weights.row(0).to_vec()[..4], [0.0_f32, 1.0, 2.0, 3.0].map(|q| 0.1_f32.mul_add(q, offset)));
+        let (a, b) = (weights, matrix.dequantize());
+        let apart = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(apart < 1e-7, "{apart}");
     }
 
     #[test]

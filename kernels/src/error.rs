@@ -76,4 +76,21 @@ pub enum Error {
         /// Its group.
         group: usize,
     },
+
+    // ---- layout ----
+    /// Something that a format has no room for.
+    #[error("{target} does not hold {what}")]
+    Holds {
+        /// The format.
+        target: &'static str,
+        /// What it does not hold, and what it does.
+        what: String,
+    },
+
+    /// An expert table or an arena that contradicts itself or its shape.
+    #[error("expert table: {what}")]
+    Table {
+        /// What is wrong, with its numbers.
+        what: String,
+    },
 }

@@ -23,8 +23,92 @@ pub fn widest<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// Sixteen sums of four products of an unsigned and a signed byte.
+pub trait Dot: Copy + Send + Sync {
+    /// `sums[i] + Σ_b w[i].byte(b) · x[i].byte(b)`, bytes of `w` unsigned, of `x` signed.
+    fn dot(self, sums: [i32; 16], w: [u32; 16], x: [u32; 16]) -> [i32; 16];
+
+    /// Runs `work` compiled for the instructions that this way needs.
+    fn run<R>(self, work: impl FnOnce() -> R) -> R;
+}
+
+/// Without instructions of its own; compiled for the widest vectors.
+#[derive(Clone, Copy, Debug)]
+pub struct Portable;
+
+impl Dot for Portable {
+    #[inline(always)]
+    fn dot(self, mut sums: [i32; 16], w: [u32; 16], x: [u32; 16]) -> [i32; 16] {
+        for byte in 0..4 {
+            for i in 0..16 {
+                let signed = i32::from((x[i] >> (8 * byte)) as u8 as i8);
+                sums[i] += (w[i] >> (8 * byte) & 0xff) as i32 * signed;
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn run<R>(self, work: impl FnOnce() -> R) -> R {
+        widest(work)
+    }
+}
+
+/// With `vpdpbusd` of AVX-512 VNNI; there is one only where the CPU has it.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy, Debug)]
+pub struct Vnni(());
+
+#[cfg(target_arch = "x86_64")]
+impl Vnni {
+    /// The way, where the CPU has it.
+    pub fn detect() -> Option<Self> {
+        (x86::has_avx512() && is_x86_feature_detected!("avx512vnni")).then_some(Self(()))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Dot for Vnni {
+    #[inline(always)]
+    fn dot(self, sums: [i32; 16], w: [u32; 16], x: [u32; 16]) -> [i32; 16] {
+        // SAFETY: a `Vnni` was made only after the CPU was asked for these features.
+        #[allow(unsafe_code)]
+        unsafe {
+            x86::dpbusd(sums, w, x)
+        }
+    }
+
+    #[inline(always)]
+    fn run<R>(self, work: impl FnOnce() -> R) -> R {
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        unsafe {
+            x86::vnni(work)
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::x86_64::{__m512i, _mm512_dpbusd_epi32};
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512bw,avx512dq,avx512vnni")]
+    pub fn dpbusd(sums: [i32; 16], w: [u32; 16], x: [u32; 16]) -> [i32; 16] {
+        // SAFETY: arrays of sixteen 32-bit integers and the vector are the same 64 bytes, of which every pattern is valid.
+        #[allow(unsafe_code)]
+        unsafe {
+            let of = |words: [u32; 16]| std::mem::transmute::<[u32; 16], __m512i>(words);
+            let sums = std::mem::transmute::<[i32; 16], __m512i>(sums);
+            std::mem::transmute::<__m512i, [i32; 16]>(_mm512_dpbusd_epi32(sums, of(w), of(x)))
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,avx512f,avx512vl,avx512bw,avx512dq,avx512vnni")]
+    pub fn vnni<R>(work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
     #[inline]
     pub fn has_avx512() -> bool {
         has_avx2()
@@ -59,4 +143,19 @@ fn every_width_has_the_same_bits() {
         || x.iter().map(|&x| polynomial(x)).collect::<Vec<_>>(),
     );
     assert_eq!(wide, x.iter().map(|&x| polynomial(x)).collect::<Vec<_>>());
+}
+
+#[test]
+fn every_way_has_the_same_sums() {
+    let words = |seed: u32| std::array::from_fn(|i| (i as u32 + seed).wrapping_mul(0x9e37_79b9) ^ 0xff00_7f80);
+    let (sums, w, x) = (std::array::from_fn(|i| i as i32 - 7), words(3), words(11));
+    let by_hand: [i32; 16] = std::array::from_fn(|i| {
+        let products = w[i].to_le_bytes().into_iter().zip(x[i].to_le_bytes()).map(|(w, x)| i32::from(w) * i32::from(x as i8));
+        sums[i] + products.sum::<i32>()
+    });
+    assert_eq!(Portable.run(|| Portable.dot(sums, w, x)), by_hand);
+    #[cfg(target_arch = "x86_64")]
+    if let Some(vnni) = Vnni::detect() {
+        assert_eq!(vnni.run(|| vnni.dot(sums, w, x)), by_hand);
+    }
 }

@@ -151,6 +151,8 @@ impl<B: Backend> Walk<'_, B> {
     fn moe(&self, index: usize, block: &MoeBlock<B>, normed: &[Tensor<B, 2>], gradient: &[Tensor<B, 2>]) -> Result<Vec<Tensor<B, 2>>> {
         let chosen = Chosen::default();
         let loads = block.choose(&self.context(index, &chosen), normed)?;
+        let given: Vec<u64> = loads.iter().map(|load| load.tokens.len() as u64).collect();
+        self.sink.entered(index, normed, &given)?;
         let chosen = chosen.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         let total = normed.iter().map(|x| x.dims()[0]).sum();
         let mut back: Vec<Tensor<B, 2>> = normed.iter().map(Tensor::zeros_like).collect();

@@ -11,8 +11,9 @@
 //! **Memory.** In the letters of [`forward`](crate::forward), with the narrowest token weight `w = Σ sites' rows` (at most
 //! `R · (6 + 2·k)`) of one layer, the peak of one layer is, in f32,
 //!
-//! `4 · ( 6·R·d + n · max( b · (8·q + 8·d) + 4·SCORES , 3·f·d + CHUNK · (6·d + 9·f) + d² + f² ) + attention's weights + A +
-//! its second moments + 2·k·R + w )` bytes:
+//! `4 · ( 6·R·d + n · max( b · (8·q + 8·d) + 4·s , 3·f·d + min(R, CHUNK) · (6·d + 9·f) + d² + f² ) + W + its second moments +
+//! 2·k·R + w )` bytes, with `s` scores at once and `W` the weights of attention, router and shared expert ([`peak_bytes`] computes
+//! it, and a test holds the pass to it):
 //!
 //! what entered the layer, what entered its second half and its normed copy, the gradients at both, and one more copy waiting
 //! to be added. With [`Scratch::Memory`] another `4·L·R·d` for what entered the layers; with [`Scratch::Disk`] that lies on
@@ -24,6 +25,7 @@ mod gradients;
 mod inputs;
 mod layer;
 mod loss;
+mod peak;
 mod sums;
 #[cfg(test)]
 mod tests;
@@ -38,6 +40,7 @@ use serde::{Deserialize, Serialize};
 use crate::arch::Site;
 use crate::device::{Device, Job};
 use crate::forward::{Head, NoTap, Options, decoder_layer, embed, rows, values};
+use crate::pass::Spread;
 use crate::progress::Progress;
 use crate::stats::end_loss::{LayerWeights, SiteLoss};
 use crate::{Result, Weights};
@@ -45,6 +48,7 @@ use crate::{Result, Weights};
 pub use gradients::{LayerGradients, layer_error, layer_gradients};
 use inputs::Inputs;
 use layer::Walk;
+pub use peak::peak_bytes;
 use sums::Sums;
 
 /// `end_loss`: how the loss is made.
@@ -84,6 +88,15 @@ pub trait Receive: Sync {
     /// Whether the second moment of this site is wanted: without it the site costs next to nothing.
     fn wants(&self, _layer: usize, _site: Site) -> bool {
         true
+    }
+
+    /// What enters a layer's experts, and how many rows each of them was given, `[experts]`; before any of its experts' sites.
+    ///
+    /// # Errors
+    ///
+    /// As [`Receive::site`].
+    fn entered(&self, _layer: usize, _rows: &Spread<'_>, _loads: &[u64]) -> Result<()> {
+        Ok(())
     }
 
     /// All of a wanted site, also of an expert that no token reached. Sites of one layer may come from several threads at

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, backend::Backend};
 use ndarray::{Array1, ArrayView2};
 
 use super::Receive;
 use crate::arch::{Part, Projection, Site, Spec};
-use crate::forward::{SiteRows, values};
+use crate::forward::{SiteRows, spread, values};
 use crate::stats::end_loss::{LayerWeights, SiteLoss, SiteWeights};
 use crate::stats::{Moment, sites};
 use crate::{Error, Result};
@@ -18,6 +18,11 @@ use crate::{Error, Result};
 pub(super) trait Sink<B: Backend>: Sync {
     /// Further rows of a site; `tokens` are their numbers at a routed expert's.
     fn rows(&self, layer: usize, seen: SiteRows<B>, tokens: Option<&[u32]>) -> Result<()>;
+
+    /// What enters a layer's experts, batch by batch, and how many rows each was given; before any expert's rows.
+    fn entered(&self, _layer: usize, _x: &[Tensor<B, 2>], _loads: &[u64]) -> Result<()> {
+        Ok(())
+    }
 
     /// All rows of this site have been seen.
     fn done(&self, layer: usize, site: Site) -> Result<()>;
@@ -67,6 +72,10 @@ impl<B: Backend> Sink<B> for Sums<'_> {
         sums.add(seen, tokens)?;
         self.open.lock().unwrap_or_else(PoisonError::into_inner).insert(site, sums);
         Ok(())
+    }
+
+    fn entered(&self, layer: usize, x: &[Tensor<B, 2>], loads: &[u64]) -> Result<()> {
+        self.receiver.entered(layer, &|most| spread(x, most), loads)
     }
 
     fn done(&self, layer: usize, site: Site) -> Result<()> {

@@ -53,6 +53,9 @@ pub struct TensorInfo {
     pub bytes: Range<u64>,
 }
 
+/// Folder of further chat templates beside `chat_template.jinja`, one a file (transformers).
+pub const TEMPLATES: &str = "additional_chat_templates";
+
 /// A checkpoint directory, opened and checked.
 pub struct Checkpoint {
     dir: PathBuf,
@@ -90,7 +93,12 @@ impl Checkpoint {
             index.check(&shards).map_err(|problem| problem.at(dir))?;
         }
         one_kind(&shards).map_err(|problem| problem.at(dir))?;
-        let files = index::file_names(dir)?.into_iter().filter(|name| carried(name)).map(|name| dir.join(name)).collect();
+        let mut files: Vec<_> = index::file_names(dir)?.into_iter().filter(|name| carried(name)).map(|name| dir.join(name)).collect();
+        let templates = dir.join(TEMPLATES);
+        if templates.is_dir() {
+            let jinja = index::file_names(&templates)?.into_iter().filter(|name| name.ends_with(".jinja"));
+            files.extend(jinja.map(|name| templates.join(name)));
+        }
         let fingerprint = fingerprint::of_checkpoint(&text, &shards);
         let checkpoint = Self { dir: dir.to_owned(), config, fingerprint, tensors: infos(&shards), shards, files };
         fp8::check(&checkpoint).map_err(|problem| problem.at(dir))?;
@@ -140,8 +148,8 @@ impl Checkpoint {
         &self.fingerprint
     }
 
-    /// The files beside config and weights that an output needs too, sorted: tokenizer, chat template, generation config, custom code,
-    /// licence.
+    /// The files beside config and weights that an output needs too: tokenizer, chat template, generation config, custom code,
+    /// licence, sorted, and behind them the templates of the folder [`TEMPLATES`].
     #[must_use]
     pub fn files(&self) -> &[PathBuf] {
         &self.files
@@ -343,8 +351,18 @@ mod tests {
         let weights = vectors(&[("a", &[1.0])]);
         let mut files: Vec<(&str, &[u8])> = carried.iter().chain(&left).map(|name| (*name, &b"x"[..])).collect();
         files.push(("model.safetensors", &weights));
-        let (_dir, checkpoint) = open(&files).unwrap();
-        let names: Vec<_> = checkpoint.files().iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
-        assert_eq!(names, carried);
+        let (dir, checkpoint) = open(&files).unwrap();
+        let names = |checkpoint: &Checkpoint| -> Vec<String> {
+            let below = |path: &PathBuf| path.strip_prefix(checkpoint.dir()).unwrap().to_str().unwrap().to_owned();
+            checkpoint.files().iter().map(below).collect()
+        };
+        assert_eq!(names(&checkpoint), carried);
+        let templates = dir.path().join(TEMPLATES);
+        fs_err::create_dir(&templates).unwrap();
+        for name in ["tool.jinja", "rag.jinja", "notes.txt"] {
+            fs_err::write(templates.join(name), "x").unwrap();
+        }
+        let with = names(&Checkpoint::open(dir.path()).unwrap());
+        assert_eq!(with[carried.len()..], ["additional_chat_templates/rag.jinja", "additional_chat_templates/tool.jinja"]);
     }
 }

@@ -38,6 +38,16 @@ fn mlp(rows: usize, inner: usize, d: usize) -> usize {
     rows * (3 * d + 4 * inner)
 }
 
+/// Elements of attention's weights.
+pub(crate) fn attention_weights(spec: &Spec) -> usize {
+    attention(spec, 0, 0).0
+}
+
+/// Scores of a batch that are held at once.
+pub(crate) fn scores(batch: usize, heads: usize, tokens: usize) -> usize {
+    (batch * heads * tokens).min(SCORES.max(batch * heads * QUERIES))
+}
+
 /// Elements of attention's weights, and of what one batch holds: queries, keys, values and their product, beside them either
 /// the copies that rotation takes or scores before and after the softmax with their mask, which is one to all heads.
 fn attention(spec: &Spec, batch: usize, tokens: usize) -> (usize, usize) {
@@ -54,7 +64,7 @@ fn attention(spec: &Spec, batch: usize, tokens: usize) -> (usize, usize) {
             (a.heads, query.max(both), queries + kv + a.heads * a.value_dim * d)
         }
     };
-    let scores = (batch * heads * tokens).min(SCORES.max(batch * heads * QUERIES));
+    let scores = scores(batch, heads, tokens);
     (weights, batch * (4 * q + 4 * d) + (4 * batch * q).max(2 * scores + scores / heads))
 }
 

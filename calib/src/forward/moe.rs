@@ -1,6 +1,10 @@
 //! The second half of a decoder layer: a gated MLP, or routed experts with an optional shared one.
 
+use std::sync::Arc;
+
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData, activation::sigmoid, activation::silu, backend::Backend};
+
+use ndarray::Array2;
 
 use super::adjoint::SiteRows;
 use super::layer::{Context, Experts};
@@ -9,7 +13,7 @@ use super::parallel::{in_blocks, on_cpu, together};
 use super::router::{At, route};
 use super::tap::{Routed, Routing};
 use crate::arch::{Moe, Part, Projection, Role, Shared, Site};
-use crate::{Error, Result};
+use crate::{Applied, Error, Result};
 
 /// Most rows of one expert that are run at once.
 pub(crate) const CHUNK: usize = 8192;
@@ -127,7 +131,50 @@ pub(crate) struct MoeBlock<B: Backend> {
     pub(crate) correction: Option<Vec<f32>>,
     pub(crate) shared: Option<SharedExpert<B>>,
     /// All routed experts, where they are held.
-    resident: Option<Vec<GatedMlp<B>>>,
+    resident: Option<Vec<Routable<B>>>,
+}
+
+/// A routed expert, ready to run.
+#[derive(Clone, Debug)]
+enum Routable<B: Backend> {
+    /// Its matrices are multiplied here.
+    Matrices(GatedMlp<B>),
+    /// It multiplies rows itself.
+    Applied(Arc<dyn Applied>),
+}
+
+impl<B: Backend> Routable<B> {
+    fn load(source: &Source<'_, B>, moe: &Moe, index: usize) -> Result<Self> {
+        Ok(match source.weights.applied(source.layer, index)? {
+            Some(applied) => Self::Applied(applied.into()),
+            None => Self::Matrices(expert(source, moe, index)?),
+        })
+    }
+
+    fn gates(&self, x: Tensor<B, 2>) -> Result<[Tensor<B, 2>; 2]> {
+        match self {
+            Self::Matrices(mlp) => Ok(mlp.gates(x)),
+            Self::Applied(applied) => {
+                let (rows, device) = (x.dims()[0], x.device());
+                Ok(applied.gates(&values(x, "expert inputs")?).map(|out| rows_of(out, rows, &device)))
+            }
+        }
+    }
+
+    fn down(&self, x: Tensor<B, 2>) -> Result<Tensor<B, 2>> {
+        match self {
+            Self::Matrices(mlp) => Ok(mlp.down(x)),
+            Self::Applied(applied) => {
+                let (rows, device) = (x.dims()[0], x.device());
+                Ok(rows_of(applied.down(&values(x, "expert activations")?), rows, &device))
+            }
+        }
+    }
+}
+
+fn rows_of<B: Backend>(values: Vec<f32>, rows: usize, device: &B::Device) -> Tensor<B, 2> {
+    let width = values.len() / rows.max(1);
+    Tensor::from_data(TensorData::new(values, [rows, width]), device)
 }
 
 /// An expert that every token passes.
@@ -159,7 +206,7 @@ pub(crate) struct Piece {
 
 impl<B: Backend> MoeBlock<B> {
     pub fn load(source: &Source<'_, B>, moe: &Moe, experts: Experts) -> Result<Self> {
-        let held = || (0..moe.experts).map(|index| expert(source, moe, index)).collect::<Result<_>>();
+        let held = || (0..moe.experts).map(|index| Routable::load(source, moe, index)).collect::<Result<_>>();
         Ok(Self {
             router: source.linear(Part::Router, None, [moe.experts, source.weights.spec().hidden])?,
             correction: moe.router.correction.then(|| correction(source, moe)).transpose()?,
@@ -210,6 +257,8 @@ impl<B: Backend> MoeBlock<B> {
         if context.tap.wants_blocks() {
             context.show_all("moe.in", normed)?;
         }
+        let given: Vec<u64> = loads.iter().map(|load| load.tokens.len() as u64).collect();
+        context.tap.entered(context.layer, normed, &given)?;
         Ok(loads)
     }
 
@@ -227,7 +276,7 @@ impl<B: Backend> MoeBlock<B> {
         if !load.tokens.is_empty() {
             let mlp = match &self.resident {
                 Some(experts) => experts[expert].clone(),
-                None => self::expert(&context.source(), &self.moe, expert)?,
+                None => Routable::load(&context.source(), &self.moe, expert)?,
             };
             let tap = context.tap;
             for (tokens, weights) in load.tokens.chunks(CHUNK).zip(load.weights.chunks(CHUNK)) {
@@ -237,7 +286,7 @@ impl<B: Backend> MoeBlock<B> {
                 if tap.wants(context.layer, enter) {
                     tap.rows(context.layer, enter, &x, Some(&routed))?;
                 }
-                let gates = mlp.gates(x);
+                let gates = mlp.gates(x)?;
                 if tap.wants_gates() {
                     tap.gates(context.layer, down, &gates[0], &gates[1], Some(&routed))?;
                 }
@@ -245,7 +294,7 @@ impl<B: Backend> MoeBlock<B> {
                 if tap.wants(context.layer, down) {
                     tap.rows(context.layer, down, &activation, Some(&routed))?;
                 }
-                let out = mlp.down(activation);
+                let out = mlp.down(activation)?;
                 tap.expert_output(context.layer, expert, &out, &routed)?;
                 let weights = Tensor::from_data(TensorData::new(routed.weights, [tokens.len(), 1]), context.device);
                 outputs.push(Output { pieces, rows: out * weights });
@@ -364,6 +413,24 @@ fn index<B: Backend>(rows: &[i32], device: &B::Device) -> Tensor<B, 1, Int> {
 pub(crate) fn gather<B: Backend>(batches: &[Tensor<B, 2>], pieces: &[Piece], device: &B::Device) -> Tensor<B, 2> {
     let mut parts: Vec<_> = pieces.iter().map(|piece| batches[piece.batch].clone().select(0, index(&piece.rows, device))).collect();
     if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 0) }
+}
+
+/// At most `most` rows of the batches, spread evenly over all of them, `[rows, hidden]`.
+///
+/// # Errors
+///
+/// As [`values`].
+pub fn spread<B: Backend>(batches: &[Tensor<B, 2>], most: usize) -> Result<Array2<f32>> {
+    let all: usize = batches.iter().map(|x| x.dims()[0]).sum();
+    let width = batches.first().map_or(0, |x| x.dims()[1]);
+    let count = all.min(most);
+    let tokens: Vec<u32> = (0..count).map(|i| (i * all / count) as u32).collect();
+    let mut rows = Vec::with_capacity(count * width);
+    for piece in pieces(&tokens, &starts(batches)) {
+        let batch = &batches[piece.batch];
+        rows.extend(values(batch.clone().select(0, index(&piece.rows, &batch.device())), "what enters the experts")?);
+    }
+    Array2::from_shape_vec((count, width), rows).map_err(|e| Error::Device { what: "what enters the experts", message: e.to_string() })
 }
 
 /// Adds an expert's output to the rows that it belongs to.

@@ -1,6 +1,7 @@
 //! How much is done at once: blocks of equal tasks, in parallel, their results in order.
 
 use std::any::TypeId;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::backend::Backend;
 use rayon::prelude::*;
@@ -17,10 +18,23 @@ pub struct Options {
 }
 
 impl Options {
-    /// One task a thread on the CPU, one at a time on a device that is parallel inside.
+    /// One task a thread on the CPU, but no more than [`limit_in_flight`] allows; one at a time on a device that is parallel inside.
     pub fn of<B: Backend>() -> Self {
-        Self { in_flight: if on_cpu::<B>() { rayon::current_num_threads() } else { 1 } }
+        if !on_cpu::<B>() {
+            return Self { in_flight: 1 };
+        }
+        let limit = LIMIT.load(Ordering::Relaxed);
+        Self { in_flight: rayon::current_num_threads().min(if limit == 0 { usize::MAX } else { limit }) }
     }
+}
+
+/// Most tasks in flight; 0: one a thread.
+static LIMIT: AtomicUsize = AtomicUsize::new(0);
+
+/// From now on no more than `tasks` batches or experts are in flight anywhere in this process, to save memory. Changes no bit of any
+/// result.
+pub fn limit_in_flight(tasks: std::num::NonZeroUsize) {
+    LIMIT.store(tasks.get(), Ordering::Relaxed);
 }
 
 /// Whether tensors of this backend lie in the host's memory, so that reading them copies nothing.

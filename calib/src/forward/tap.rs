@@ -90,6 +90,16 @@ pub trait Tap<B: Backend>: Sync {
         Ok(())
     }
 
+    /// What enters a layer's experts, batches `[rows, hidden]`, and how many rows each expert was given, `[experts]`. Comes
+    /// after the last batch was routed and before any expert runs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tap::rows`].
+    fn entered(&self, _layer: usize, _x: &[Tensor<B, 2>], _loads: &[u64]) -> Result<()> {
+        Ok(())
+    }
+
     /// Output of one routed expert before its routing weight, `[rows, hidden]`, a chunk at a time.
     ///
     /// # Errors

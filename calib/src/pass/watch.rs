@@ -1,10 +1,14 @@
 //! A second pair of eyes on the measuring pass: rows as host values, for whoever fills a table while they are in memory.
 
 use burn::tensor::{Tensor, backend::Backend};
+use ndarray::Array2;
 
 use crate::Result;
 use crate::arch::Site;
-use crate::forward::{Routed, Routing, Tap, values};
+use crate::forward::{Routed, Routing, Tap, spread, values};
+
+/// At most so many of the rows that enter a layer's experts, spread evenly over all of them, `[rows, hidden]`.
+pub type Spread<'a> = dyn Fn(usize) -> Result<Array2<f32>> + 'a;
 
 /// Sees the inputs of every site that it wants, beside the statistics of the pass.
 ///
@@ -27,6 +31,15 @@ pub trait Watch: Sync {
     ///
     /// As [`Watch::rows`].
     fn gates(&self, layer: usize, down: Site, gate: &[f32], up: &[f32], inner: usize, routed: Option<&Routed>) -> Result<()>;
+
+    /// What enters a layer's experts, and how many rows each of them was given, `[experts]`; before any of them runs.
+    ///
+    /// # Errors
+    ///
+    /// As [`Watch::rows`].
+    fn entered(&self, _layer: usize, _rows: &Spread<'_>, _loads: &[u64]) -> Result<()> {
+        Ok(())
+    }
 
     /// All rows of a wanted site have been seen.
     ///
@@ -91,6 +104,11 @@ impl<B: Backend, T: Tap<B>> Tap<B> for Watched<'_, T> {
 
     fn routing(&self, layer: usize, routing: &Routing) -> Result<()> {
         self.tap.routing(layer, routing)
+    }
+
+    fn entered(&self, layer: usize, x: &[Tensor<B, 2>], loads: &[u64]) -> Result<()> {
+        self.watch.map_or(Ok(()), |watch| watch.entered(layer, &|most| spread(x, most), loads))?;
+        self.tap.entered(layer, x, loads)
     }
 
     fn expert_output(&self, layer: usize, expert: usize, out: &Tensor<B, 2>, routed: &Routed) -> Result<()> {

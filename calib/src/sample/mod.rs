@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Fingerprint;
 use crate::corpus::{Corpus, Text};
+use crate::stats::Undercalibrated;
 use crate::{Error, Result};
 
 /// `[calibrate]`: the text that a model is measured on.
@@ -42,13 +43,25 @@ pub struct Calibrate {
     /// without it. It reads every expert a second time and holds the layer's experts' outputs for so many tokens.
     #[serde(default)]
     pub similarity_tokens: usize,
+    /// What becomes of an expert that too few tokens reached.
+    #[serde(default)]
+    pub undercalibrated: Undercalibrated,
 }
 
 impl Calibrate {
     /// The defaults over some files.
     pub fn over(corpus: Vec<PathBuf>) -> Self {
         let sampler = Sampler::default();
-        Self { corpus, samples: samples(), tokens: tokens(), seed: 0, sampler, traces: false, similarity_tokens: 0 }
+        Self {
+            corpus,
+            samples: samples(),
+            tokens: tokens(),
+            seed: 0,
+            sampler,
+            traces: false,
+            similarity_tokens: 0,
+            undercalibrated: Undercalibrated::default(),
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Statistics of several passes added up into one folder.
 
+use super::store::SCHEMA;
 use super::{Manifest, Store};
 use crate::{Error, Result};
 
@@ -9,16 +10,28 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::Unmergeable`] where a pass is not finished, is of another model, or has samples that another one has too;
+    /// [`Error::Unmergeable`] where this folder holds something already, or a pass is not finished, is of another model or form, or has
+    /// samples that another one has too;
     /// an IO error; [`Error::Statistics`] and [`Error::StatsDiffer`] where files do not fit their manifests.
     pub fn merge(&self, from: &[Self]) -> Result<Manifest> {
+        if self.dir().is_dir() && fs_err::read_dir(self.dir())?.next().is_some() {
+            let reason = "it holds something already; statistics are added up into an empty or new directory".to_owned();
+            return Err(Error::Unmergeable { dir: self.dir().into(), reason });
+        }
         let manifests = from.iter().map(finished).collect::<Result<Vec<_>>>()?;
         let Some(first) = manifests.first() else { return Err(Error::EmptyCorpus) };
         let mut merged = Manifest { domains: vec![], parts: vec![], ..first.clone() };
         for (store, manifest) in from.iter().zip(&manifests) {
             let refuse = |reason: &str| Err(Error::Unmergeable { dir: store.dir().into(), reason: reason.to_owned() });
-            if (&manifest.model, manifest.layers, manifest.schema) != (&first.model, first.layers, first.schema) {
-                return refuse("it is of another model than the first");
+            if manifest.schema != SCHEMA {
+                return refuse(&format!("its form is {}, and this program adds up form {SCHEMA}", manifest.schema));
+            }
+            if (&manifest.model, manifest.layers) != (&first.model, first.layers) {
+                return refuse(&format!("it is of another model than the first ({:.12}…, not {:.12}…)", manifest.model, first.model));
+            }
+            let alike = |m: &Manifest| m.parts.iter().any(|part| part.similarity_tokens > 0);
+            if alike(manifest) != alike(first) {
+                return refuse("of it and the first only one has measured how alike experts are (calibrate.similarity_tokens)");
             }
             if manifest.parts.iter().any(|part| merged.parts.iter().any(|other| other.corpus == part.corpus)) {
                 return refuse("its samples are among the others' already and would count twice");
@@ -133,6 +146,9 @@ mod tests {
         assert!(error.contains("no finished pass"), "{error}");
         let other = Store::new(dir.path().join("other"));
         other.finish(&Manifest { model: "n".into(), parts: vec![], ..store.manifest().unwrap().unwrap() }).unwrap();
-        assert!(sum.merge(&[store, other]).unwrap_err().to_string().contains("of another model"));
+        assert!(sum.merge(&[store.clone(), other.clone()]).unwrap_err().to_string().contains("of another model"));
+        other.finish(&Manifest { schema: 2, parts: vec![], ..store.manifest().unwrap().unwrap() }).unwrap();
+        assert!(sum.merge(&[store.clone(), other.clone()]).unwrap_err().to_string().contains("its form is 2"));
+        assert!(other.merge(&[store]).unwrap_err().to_string().contains("holds something already"));
     }
 }

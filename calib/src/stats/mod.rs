@@ -22,6 +22,7 @@ mod outputs;
 mod router;
 mod similarity;
 pub mod store;
+mod undercalibrated;
 
 use std::collections::BTreeMap;
 
@@ -37,6 +38,7 @@ pub use outputs::{OutputChunk, OutputSums};
 pub use router::{RouterSums, imbalance};
 pub use similarity::Similarity;
 pub use store::{Manifest, Part, Store};
+pub use undercalibrated::{Threshold, Undercalibrated};
 
 /// The statistics of one decoder layer.
 #[derive(Clone, Debug, Default, PartialEq)]

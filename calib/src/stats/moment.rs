@@ -1,25 +1,34 @@
 //! Second moments `Σ v x xᵀ` of what enters a site: the Hessian that solvers work with.
 //!
-//! A sum over tokens, not a mean, in f32; only the upper triangle is computed. Too large to be a file (one of each expert of
+//! A sum over tokens, not a mean, in f32; only the upper triangle is computed and kept. Too large to be a file (one of each expert of
 //! Qwen3-30B: 59 GB), so it is made, used and dropped within a layer.
 
 use ndarray::{Array2, ArrayView2};
 
 use super::same;
-use crate::{Result, linalg};
+use crate::Result;
+use crate::linalg::Triangle;
 
 /// `Σ v x xᵀ` over the tokens that entered one site.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moment {
-    /// The upper triangle; what is below it means nothing.
-    sums: Array2<f32>,
+    sums: Triangle,
     tokens: u64,
 }
 
 impl Moment {
     /// Nothing seen.
     pub fn new(width: usize) -> Self {
-        Self { sums: Array2::zeros((width, width)), tokens: 0 }
+        Self { sums: Triangle::new(width), tokens: 0 }
+    }
+
+    /// From the sums over `tokens` tokens, `[width, width]`, of which the upper triangle is read.
+    ///
+    /// # Panics
+    ///
+    /// If they are not square.
+    pub fn from_sums(sums: Array2<f32>, tokens: u64) -> Self {
+        Self { sums: Triangle::of(sums.view()), tokens }
     }
 
     /// Adds rows `[rows, width]`; `weights` is each row's `v`, `[rows]`, not negative; `None`: 1 each.
@@ -31,18 +40,18 @@ impl Moment {
         assert_eq!(rows.ncols(), self.width(), "inputs of a second moment");
         self.tokens += rows.nrows() as u64;
         match weights {
-            None => linalg::add_gram(self.sums.view_mut(), rows),
+            None => self.sums.add_gram(rows),
             Some(weights) => {
                 let mut scaled = rows.as_standard_layout().into_owned();
                 scaled.rows_mut().into_iter().zip(weights).for_each(|(mut row, v)| row *= v.sqrt());
-                linalg::add_gram(self.sums.view_mut(), scaled.view());
+                self.sums.add_gram(scaled.view());
             }
         }
     }
 
     /// Input channels.
     pub fn width(&self) -> usize {
-        self.sums.ncols()
+        self.sums.side()
     }
 
     /// Tokens seen.
@@ -52,7 +61,7 @@ impl Moment {
 
     /// Sum of the diagonal.
     pub fn trace(&self) -> f64 {
-        self.sums.diag().iter().map(|&x| f64::from(x)).sum()
+        self.sums.diagonal().map(f64::from).sum()
     }
 
     /// Adds the same site's moment over other tokens.
@@ -63,14 +72,36 @@ impl Moment {
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         same("input channels", self.width(), other.width())?;
         self.tokens += other.tokens;
-        self.sums += &other.sums;
+        self.sums.combine(1.0, &other.sums, 1.0);
         Ok(())
     }
 
+    /// Joins it, half and half, with a moment over other tokens that stands in for those it has not seen, `other` scaled to
+    /// its trace, which so stays what it was. Where there is none, it becomes `other` over one average token.
+    ///
+    /// # Errors
+    ///
+    /// As [`Moment::merge`].
+    pub fn blend(&mut self, other: &Self) -> Result<()> {
+        same("input channels", self.width(), other.width())?;
+        let (own, all) = (self.trace(), other.trace());
+        let (keep, take) = match (own > 0.0, all > 0.0) {
+            (true, true) => (0.5, (0.5 * own / all) as f32),
+            (true, false) => (1.0, 0.0),
+            (false, _) => (0.0, 1.0 / other.tokens.max(1) as f32),
+        };
+        self.sums.combine(keep, &other.sums, take);
+        Ok(())
+    }
+
+    /// Multiplies it, as if every token's weight were so much more.
+    pub fn scale(&mut self, by: f32) {
+        self.sums.scale(by);
+    }
+
     /// The whole symmetric matrix, `[width, width]`.
-    pub fn into_matrix(mut self) -> Array2<f32> {
-        linalg::mirror(self.sums.view_mut());
-        self.sums
+    pub fn into_matrix(self) -> Array2<f32> {
+        self.sums.to_dense()
     }
 }
 
@@ -96,6 +127,29 @@ mod tests {
         assert_eq!(moment.tokens(), 4);
         assert_eq!(moment.into_matrix(), array![[14.0, 7.0], [7.0, 21.0]]);
         assert!(weighted.merge(&Moment::new(3)).is_err());
+    }
+
+    #[test]
+    fn a_blend_keeps_the_trace_and_the_tokens() {
+        let of = |rows: Array2<f32>| {
+            let mut moment = Moment::new(2);
+            moment.add(rows.view(), None);
+            moment
+        };
+        // Own ((4, 0), (0, 0)); all ((2, 1), (1, 6)) of trace 8 over two tokens: half of it at trace 4 is ((0.5, 0.25), (0.25, 1.5)).
+        let all = of(array![[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]);
+        let mut few = of(array![[2.0, 0.0]]);
+        few.blend(&all).unwrap();
+        assert_eq!((few.tokens(), few.trace()), (1, 4.0));
+        assert_eq!(few.into_matrix(), array![[2.5, 0.25], [0.25, 1.5]]);
+        let mut none = Moment::new(2);
+        none.blend(&all).unwrap();
+        assert_eq!(none.tokens(), 0);
+        assert_eq!(none.into_matrix(), array![[0.5, 0.25], [0.25, 1.5]]);
+        let mut alone = of(array![[2.0, 0.0]]);
+        alone.blend(&Moment::new(2)).unwrap();
+        assert_eq!(alone.trace(), 4.0);
+        assert!(alone.blend(&Moment::new(3)).is_err());
     }
 
     #[test]

@@ -15,6 +15,9 @@ use super::{BlockSums, ExpertStats, LayerStats, OutputSums, RouterSums};
 use crate::arch::Site;
 use crate::{Error, Result};
 
+/// The version of [`Manifest::schema`] that is written.
+pub(crate) const SCHEMA: u32 = 1;
+
 /// What the statistics of a folder are of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -97,8 +97,8 @@ struct Rules {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Exporter {
     CompressedTensors,
-    /// None yet; its ties can be planned with and judged by the dense export.
-    Planned,
+    /// The layout of this project's own kernels.
+    Native,
     /// None yet, and its types are not the ones that are allocated here.
     Missing,
 }
@@ -110,7 +110,7 @@ const FROM_2: &[u8] = &[2, 3, 4, 5, 6, 7, 8];
 
 #[rustfmt::skip]
 const TABLE: [Rules; 6] = [
-    Rules { runtime: Runtime::Native, name: "native", experts: Tie::GateUp, gate_up: true, fused_attention: false, bits: &[1, 2, 3, 4, 5, 6, 8], grids: ALL, groups: &[], exporter: Exporter::Planned },
+    Rules { runtime: Runtime::Native, name: "native", experts: Tie::GateUp, gate_up: true, fused_attention: false, bits: &[1, 2, 3, 4, 5, 6, 8], grids: ALL, groups: &[], exporter: Exporter::Native },
     Rules { runtime: Runtime::Vllm, name: "vllm", experts: Tie::Layer, gate_up: true, fused_attention: true, bits: &[2, 4, 8], grids: INTEGER, groups: &[32, 64, 128], exporter: Exporter::CompressedTensors },
     Rules { runtime: Runtime::Gguf, name: "gguf", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, groups: &[], exporter: Exporter::Missing },
     Rules { runtime: Runtime::Mlx, name: "mlx", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, groups: &[32, 64, 128], exporter: Exporter::Missing },
@@ -132,15 +132,19 @@ impl Runtime {
         self.rules().name
     }
 
-    /// Why a mixed plan for it cannot be written by these exports, if it cannot: `packed` where compressed-tensors is among them.
+    /// Why a mixed plan for it cannot be written by these exports, if it cannot.
     pub fn refusal(self, packed: Packed) -> Option<String> {
         let name = self.name();
-        match (self.rules().exporter, packed) {
-            (Exporter::CompressedTensors, _) | (Exporter::Planned, Packed::No) => None,
-            (Exporter::Planned, Packed::Yes) => Some(format!(
-                "runtime {name} has no exporter yet, and compressed-tensors is not what it loads; plan for it with [export.dense] alone, or name another runtime"
+        let Packed { compressed_tensors, native } = packed;
+        match self.rules().exporter {
+            Exporter::CompressedTensors if native && !compressed_tensors => Some(format!(
+                "runtime {name} does not load the native export; add [export.compressed_tensors], or say runtime = \"native\""
             )),
-            (Exporter::Missing, _) => {
+            Exporter::Native if compressed_tensors && !native => {
+                Some(format!("runtime {name} does not load compressed-tensors; add [export.native], or name another runtime"))
+            }
+            Exporter::CompressedTensors | Exporter::Native => None,
+            Exporter::Missing => {
                 Some(format!("runtime {name} has no exporter yet, so nothing would load such a plan; choose {}", Self::MENU))
             }
         }
@@ -162,13 +166,13 @@ impl Runtime {
     }
 }
 
-/// Whether compressed-tensors is among the exports.
+/// Which packed formats are among the exports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Packed {
-    /// It is.
-    Yes,
-    /// Only dense ones.
-    No,
+pub struct Packed {
+    /// compressed-tensors.
+    pub compressed_tensors: bool,
+    /// The native layout.
+    pub native: bool,
 }
 
 /// Whether gate and up must share a width where the runtime ties them.
@@ -377,9 +381,13 @@ mod tests {
 
     #[test]
     fn a_runtime_without_an_exporter_is_refused() {
-        assert!(Runtime::Native.refusal(Packed::Yes).unwrap().contains("no exporter yet"));
-        assert_eq!(Runtime::Native.refusal(Packed::No), None);
-        assert!(Runtime::Gguf.refusal(Packed::No).is_some() && Runtime::Mlx.refusal(Packed::No).is_some());
-        assert_eq!(Runtime::Vllm.refusal(Packed::Yes), None);
+        let [none, streams, arenas] =
+            [(false, false), (true, false), (false, true)].map(|(compressed_tensors, native)| Packed { compressed_tensors, native });
+        assert!(Runtime::Native.refusal(streams).unwrap().contains("add [export.native]"));
+        assert!(Runtime::Native.refusal(none).is_none() && Runtime::Native.refusal(arenas).is_none());
+        assert!(Runtime::Gguf.refusal(none).is_some() && Runtime::Mlx.refusal(none).is_some());
+        assert!(
+            Runtime::Vllm.refusal(streams).is_none() && Runtime::Vllm.refusal(arenas).unwrap().contains("does not load the native export")
+        );
     }
 }

@@ -13,7 +13,8 @@
 //! **Memory**, beside the forward pass's own (`calib::forward`). Rounding holds matrices of at most twice the weights of the layer's
 //! largest at once, each in f32 with its codes: under `4 · 4` bytes a weight of the largest (tests/memory.rs holds it to that). GPTQ holds
 //! for every site in flight, with `K` inputs, `12 · K²` bytes while its moment is factorized and `4 · K²` while its matrices are solved, one
-//! after the other, with 12 bytes a weight. One Qwen3-30B-A3B-shaped layer (128 experts of 2048 × 768, 8192 tokens, 2 threads) peaks at
+//! after the other, with 12 bytes a weight; a layer with experts that the plan blends also rows that stand for all of its tokens
+//! (`crate::blend`). One Qwen3-30B-A3B-shaped layer (128 experts of 2048 × 768, 8192 tokens, 2 threads) peaks at
 //! 621 MiB of anonymous memory; its experts alone are 1.2 GB in bf16.
 
 mod aim;
@@ -59,7 +60,9 @@ pub struct Outcome {
     pub resumed: usize,
     /// Matrices, by how their codes were chosen.
     pub matrices: BTreeMap<By, usize>,
-    /// Matrices that the plan rounds instead of solving, because no token reached them.
+    /// Matrices that the plan solves against their layer's tokens too, because few reached them.
+    pub blended: usize,
+    /// Matrices that the plan rounds instead of solving, because few tokens reached them.
     pub rounded: usize,
     /// Sum of `tr(ΔW · H · ΔWᵀ)` over the matrices that were solved against tokens.
     pub loss: f64,
@@ -216,6 +219,7 @@ fn outcome(model: &Model, plan: &Plan, solved: &Solved, (layers, resumed): (&[Ve
         for job in jobs {
             let report = file.report(job.name)?;
             *outcome.matrices.entry(report.by).or_default() += 1;
+            outcome.blended += usize::from(matches!(job.how.solver, Who::Blended { .. }));
             outcome.rounded += usize::from(matches!(job.how.solver, Who::Rounded { .. }));
             outcome.loss += report.solved.map_or(0.0, |account| account.loss.undamped);
         }

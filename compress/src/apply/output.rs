@@ -46,7 +46,7 @@ pub fn contents_of(model: &Model, plan: &Plan) -> Result<Vec<Tensor>> {
         };
         let role =
             model.layout().role(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "it has no role in the model" })?;
-        tensors.push(Tensor { name: name.clone(), shape: info.shape.clone(), kind: role.kind(), form });
+        tensors.push(Tensor { name: name.clone(), shape: info.shape.clone(), role, form });
     }
     Ok(tensors)
 }

@@ -17,7 +17,7 @@ use calib::{Model, Weights};
 use kernels::{Group, ScaleType};
 
 use super::*;
-use crate::export::{CompressedTensors, Dense, Exports};
+use crate::export::{CompressedTensors, Dense, Exports, Native};
 use crate::packed::{self, ExpertRounding, Packed};
 use crate::plan::{Action, Quantize, Solver as Who};
 use crate::quantize::{Grid, Quantizer, gptq, rtn};
@@ -73,7 +73,7 @@ fn gptq_plan(model: &Model) -> Plan {
 }
 
 fn both() -> Exports {
-    Exports { compressed_tensors: Some(CompressedTensors {}), dense: Some(Dense {}) }
+    Exports { compressed_tensors: Some(CompressedTensors {}), dense: Some(Dense {}), ..Exports::default() }
 }
 
 fn samples(model: &Model) -> Vec<Vec<u32>> {
@@ -166,6 +166,57 @@ fn an_asymmetric_grid_and_mixed_widths_read_back() {
     }
     let widths = &packed.widths()[&calib::arch::Kind::Expert];
     assert_eq!(widths.bits.iter().copied().collect::<Vec<_>>(), [2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[test]
+fn a_native_output_holds_any_mixture_and_multiplies_it_packed() {
+    for name in ["qwen3_moe", "deepseek_v2", "mixtral"] {
+        let (model, out) = (fixture(name), tempfile::tempdir().unwrap());
+        let grids = [Grid::Sym, Grid::Half, Grid::Asym, Grid::Offset];
+        let plan = plan(&model, Quantizer::Rtn(rtn::Params::default()), |_, role| match role {
+            Role::Layer(layer, Part::Expert(e, projection)) => {
+                // Gate and up of the even layers agree, those of the odd ones do not.
+                let down =
+                    usize::from(projection == calib::arch::Projection::Down || layer % 2 == 1 && projection == calib::arch::Projection::Up);
+                Some(Quantize { bits: [2, 3, 4, 5, 6, 8][(e + down) % 6], grid: grids[(e + layer + down) % 4], ..four_bits() })
+            }
+            Role::Layer(_, Part::Output) => Some(Quantize { bits: 1, grid: Grid::Half, ..four_bits() }),
+            _ => Some(four_bits()),
+        });
+        let dir = out.path().join("moepress");
+        solve(&model, &plan, None, &dir, Device::Cpu, &Quiet).unwrap();
+        let native = Exports { native: Some(Native {}), ..Exports::default() };
+        let written = write(&model, &plan, &dir, &native, out.path(), &Quiet).unwrap();
+        assert!(written[0].notes[0].contains("moepress emit"));
+        let packed = packed::open(out.path(), ExpertRounding::None).unwrap();
+        for (role, _) in model.layout().roles().filter(|(role, _)| role.is_quantizable()) {
+            let Action::Quantize(how) = &plan.tensors[model.layout().name(role).unwrap()] else { panic!() };
+            let exact = rtn::rtn(model.matrix(role).unwrap().view(), &how.width(), &rtn::Params::default()).unwrap().dequantize();
+            let read = packed.matrix(role).unwrap();
+            let apart = (&read - &exact).mapv(|x| f64::from(x).powi(2)).sum().sqrt() / exact.mapv(|x| f64::from(x).powi(2)).sum().sqrt();
+            assert!(apart <= if how.grid == Grid::Offset { kernels::bounds::OFFSET } else { 0.0 }, "{name}: {role:?}: {apart}");
+        }
+        let layer = (0..model.spec().layers.len()).find(|&layer| model.spec().moe(layer).is_some()).unwrap();
+        for layer in [layer, layer + 1].into_iter().filter(|&layer| layer < model.spec().layers.len()) {
+            let matrix = |projection| packed.matrix(Role::Layer(layer, Part::Expert(1, projection))).unwrap();
+            let applied = packed.applied(layer, 1).unwrap().unwrap();
+            let hidden = model.spec().hidden;
+            let x = ndarray::Array2::from_shape_fn((3, hidden), |(r, c)| ((r * 7 + c * 3) % 11) as f32 / 11.0 - 0.4);
+            let near = |found: Vec<f32>, meant: ndarray::Array2<f32>| {
+                let square = |x: f64| x * x;
+                let apart: f64 = found.iter().zip(&meant).map(|(f, m)| square(f64::from(f - m))).sum();
+                assert!(
+                    (apart / meant.iter().map(|m| square(f64::from(*m))).sum::<f64>()).sqrt() <= kernels::bounds::EXACT,
+                    "{name}: {layer}"
+                );
+            };
+            let [gate, up] = applied.gates(x.as_slice().unwrap());
+            near(gate, x.dot(&matrix(calib::arch::Projection::Gate).t()));
+            near(up.clone(), x.dot(&matrix(calib::arch::Projection::Up).t()));
+            let mid = ndarray::Array2::from_shape_vec((3, up.len() / 3), up).unwrap();
+            near(applied.down(mid.as_slice().unwrap()), mid.dot(&matrix(calib::arch::Projection::Down).t()));
+        }
+    }
 }
 
 #[test]

@@ -5,11 +5,11 @@
 //! same time, and one attention site.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Tensor, backend::Backend};
 use calib::arch::{Role, Site};
-use calib::forward::{Routed, Tap, values};
+use calib::forward::{Routed, Tap, spread, values};
 use calib::linalg::product;
 use calib::stats::Moment;
 use calib::{Model, Weights};
@@ -19,8 +19,9 @@ use ndarray::{Array2, ArrayView2};
 use super::aim::Original;
 use super::learned::Waiting;
 use super::work::Job;
+use crate::blend::{self, LayerRows};
 use crate::objective::{Rows, TokenWeights};
-use crate::plan::Plan;
+use crate::plan::{Plan, Solver as Who};
 use crate::quantize::factor::factorize;
 use crate::quantize::rtn::{self, rtn};
 use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
@@ -38,6 +39,8 @@ pub struct Solver<'a> {
     rows: Rows<'a>,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
     moments: Mutex<HashMap<Site, Moment>>,
+    /// What enters the layer's experts, where the plan blends one. Set before any expert runs.
+    layer_rows: OnceLock<LayerRows>,
     /// With `sequential`: how codes of experts that no token reaches any more are chosen, and how far a solver aims.
     repair: &'a Repair,
     /// What the original model does here, where solvers aim at it.
@@ -86,6 +89,7 @@ impl<'a> Solver<'a> {
             rows,
             jobs: by_site,
             moments: Mutex::default(),
+            layer_rows: OnceLock::new(),
             repair: &plan.repair,
             aim: None,
             crosses: Mutex::default(),
@@ -133,11 +137,21 @@ impl<'a> Solver<'a> {
         Ok(())
     }
 
-    fn solve(&self, site: Site) -> Result<()> {
+    /// A site's whole moment, blended where the plan says so; `None` where no token came and nothing is blended.
+    fn moment(&self, layer: usize, site: Site, jobs: &[&Job<'_>]) -> Result<Option<Moment>> {
+        let own = self.take(site).filter(|moment| moment.tokens() > 0);
+        let Some(rows) = self.layer_rows.get().filter(|_| jobs.iter().any(|job| blends(job))) else { return Ok(own) };
+        let mut moment = own.unwrap_or_else(|| Moment::new(jobs.first().map_or(0, |job| job.shape[1])));
+        rows.blend(self.model, layer, site, &mut moment)?;
+        Ok(Some(moment))
+    }
+
+    fn solve(&self, layer: usize, site: Site) -> Result<()> {
         let Some(jobs) = self.jobs.get(&site) else { return Ok(()) };
-        let Some(moment) = self.take(site).filter(|moment| moment.tokens() > 0) else { return self.unreached(jobs) };
+        let Some(moment) = self.moment(layer, site, jobs)? else { return self.unreached(jobs) };
         let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
-        let cross = self.cross(site, &moment);
+        // What is missing was summed over the expert's own tokens alone.
+        let cross = self.cross(site, &moment).filter(|_| !jobs.iter().any(|job| blends(job)));
         let moment = moment.into_matrix();
         let factor = factorize(moment.view(), &groups, self.params)?;
         for job in jobs {
@@ -162,6 +176,11 @@ impl<'a> Solver<'a> {
         }
         Ok(())
     }
+}
+
+/// Whether a matrix is solved against its layer's tokens too.
+fn blends(job: &Job<'_>) -> bool {
+    matches!(job.how.solver, Who::Blended { .. })
 }
 
 impl Solver<'_> {
@@ -219,7 +238,17 @@ impl<B: Backend> Tap<B> for Solver<'_> {
         self.add((layer, site), rows, routed).map_err(boxed)
     }
 
-    fn done(&self, _: usize, site: Site) -> calib::Result<()> {
-        self.solve(site).map_err(boxed)
+    fn entered(&self, layer: usize, x: &[Tensor<B, 2>], _: &[u64]) -> calib::Result<()> {
+        if self.jobs.values().flatten().any(|job| blends(job)) {
+            let spec = self.model.spec();
+            let most = blend::rows(spec.hidden, spec.moe(layer).map_or(0, |moe| moe.inner));
+            // Set once: a layer is entered once.
+            let _ = self.layer_rows.set(LayerRows::new(spread(x, most)?));
+        }
+        Ok(())
+    }
+
+    fn done(&self, layer: usize, site: Site) -> calib::Result<()> {
+        self.solve(layer, site).map_err(boxed)
     }
 }

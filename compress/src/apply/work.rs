@@ -24,7 +24,8 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// Whether its codes are chosen against calibration tokens.
     pub fn needs_tokens(&self, plan: &Plan) -> bool {
-        self.how.solver == Solver::Planned && plan.quantizer.as_ref().is_some_and(|q| q.needs_calibration())
+        matches!(self.how.solver, Solver::Planned | Solver::Blended { .. })
+            && plan.quantizer.as_ref().is_some_and(|q| q.needs_calibration())
     }
 
     /// Whether it is a matrix of attention.

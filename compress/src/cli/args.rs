@@ -6,6 +6,7 @@ use calib::device::DeviceChoice;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+use crate::allocate::Size;
 use crate::plan::Range;
 
 /// Compresses Mixture-of-Experts checkpoints after training.
@@ -72,6 +73,11 @@ pub(super) enum Command {
     Apply(StageArgs),
     /// Perplexity of a checkpoint on texts; with --reference also KL divergence and top-1 agreement
     Eval(EvalArgs),
+    /// Write the kernels of a native output, for its shapes and widths, into its folder `kernels`
+    Emit(EmitArgs),
+    /// Add up or show statistics of calibration passes
+    #[command(subcommand)]
+    Stats(StatsCommand),
     /// Print the JSON schema of a recipe
     Schema,
     /// Print a completion script
@@ -104,6 +110,9 @@ pub(super) struct StageArgs {
     /// Start over: discard what an earlier run left in the output directory
     #[arg(long)]
     pub force: bool,
+    /// Most memory to hold, such as 8GiB: fewer batches and experts are in flight if need be; the result does not depend on it
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub memory: Option<Size>,
     #[command(flatten)]
     pub format: Json,
 }
@@ -139,6 +148,11 @@ pub(super) enum ForTool {
     LlmCompressor,
 }
 
+/// A size with its unit.
+fn size(text: &str) -> Result<Size, String> {
+    Size::parse(text).ok_or_else(|| "write a number and a unit, such as 8GiB".to_owned())
+}
+
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
     /// The checkpoint's directory
@@ -146,6 +160,14 @@ pub(super) struct InspectArgs {
     /// Also write the checkpoint's headers without its data to this directory
     #[arg(long, value_name = "OUT")]
     pub shape_only: Option<PathBuf>,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EmitArgs {
+    /// The native checkpoint, or the output directory that holds one
+    pub out: PathBuf,
     #[command(flatten)]
     pub format: Json,
 }
@@ -176,6 +198,38 @@ pub(super) struct EvalArgs {
     /// Round the dequantized experts of a packed checkpoint, as transformers does
     #[arg(long, value_name = "TYPE")]
     pub round_experts: Option<RoundTo>,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StatsCommand {
+    /// Add up the statistics of several passes over different samples of one model
+    Merge(MergeArgs),
+    /// Show which experts saw how many tokens: a heat map, imbalance, dead and starved experts, by layer and domain
+    Show(ShowArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct MergeArgs {
+    /// Folders of statistics, or output directories that hold them
+    #[arg(required = true, num_args = 2.., value_name = "DIR")]
+    pub from: Vec<PathBuf>,
+    /// Where the sum goes: an empty or new directory
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ShowArgs {
+    /// A folder of statistics, or an output directory that holds one
+    pub dir: PathBuf,
+    /// Also write the heat map as SVG
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print a line a layer, expert and domain, as CSV
+    #[arg(long, conflicts_with = "json")]
+    pub csv: bool,
     #[command(flatten)]
     pub format: Json,
 }

@@ -13,9 +13,10 @@ use clap::CommandFactory;
 use serde::Serialize;
 use serde_json::json;
 
-use super::args::{Cli, Command, EvalArgs, ForTool, Global, InspectArgs, PlanArgs, RecipeArgs, RoundTo, StageArgs};
+use super::args::{Cli, Command, EmitArgs, EvalArgs, ForTool, Global, InspectArgs, PlanArgs, RecipeArgs, RoundTo, StageArgs};
 use super::console::Console;
 use super::inspect::{self, Detail};
+use super::stats::stats;
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Shape, Tool};
 use crate::recipe::{self, Loaded};
@@ -36,6 +37,8 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Plan(args) => plan(args, &cli.global, console),
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
+        Command::Emit(args) => emit(args),
+        Command::Stats(command) => stats(command),
         Command::Schema => Ok(recipe::schema().map_err(std::io::Error::from)?),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -53,6 +56,18 @@ fn show(args: &InspectArgs, global: &Global) -> Result<String> {
     let detail = if global.verbose > 0 { Detail::EveryTensor } else { Detail::Summary };
     let found = inspect::inspect(&args.model, args.shape_only.as_deref(), detail)?;
     if args.format.json { pretty(&found) } else { Ok(inspect::text(&found)) }
+}
+
+fn emit(args: &EmitArgs) -> Result<String> {
+    let packed::emit::Emitted { dir, files, widths, layers } = packed::emit::emit(&args.out)?;
+    if args.format.json {
+        return pretty(&json!({ "dir": dir, "files": files, "widths": widths, "layers": layers, "compiled": [] }));
+    }
+    let widths = widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+    Ok(format!(
+        "{}: {files} files for {layers} layers at {widths} bits; nothing is compiled yet (moepress_kernels/compile.py does that)\n",
+        dir.display()
+    ))
 }
 
 fn load(args: &RecipeArgs) -> Result<Loaded> {
@@ -74,7 +89,7 @@ fn check(args: &RecipeArgs) -> Result<String> {
 fn stages(args: &StageArgs, until: Stage, global: &Global, console: &Console) -> Result<String> {
     let loaded = load(&args.recipe)?;
     let earlier = if args.force { Earlier::Discard } else { Earlier::Resume };
-    let options = Options { until, earlier, device: global.device.open()? };
+    let options = Options { until, earlier, device: global.device.open()?, memory: args.memory.map(|size| size.0) };
     let finished = run::run(&loaded, &options, console.progress().as_ref())?;
     let dir = finished.out.join("moepress");
     let text = match until {
@@ -104,7 +119,8 @@ fn plan(args: &PlanArgs, global: &Global, console: &Console) -> Result<String> {
         return if as_json { pretty(&sweep.points) } else { Ok(report::curve::sweep(&sweep, &dir)) };
     }
     if !args.calibrate_curve.is_empty() {
-        let found = run::calibrate_curve(&loaded, &args.calibrate_curve, global.device.open()?, console.progress().as_ref())?;
+        let how = (global.device.open()?, args.stage.memory.map(|size| size.0));
+        let found = run::calibrate_curve(&loaded, &args.calibrate_curve, how, console.progress().as_ref())?;
         return if as_json { pretty(&found) } else { Ok(report::curve::compared(&found)) };
     }
     let Some(tool) = args.for_tool else { return Ok(text) };

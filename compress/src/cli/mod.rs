@@ -9,6 +9,7 @@ mod console;
 mod error;
 mod inspect;
 mod progress;
+mod stats;
 
 use std::io::Write;
 use std::process::ExitCode;

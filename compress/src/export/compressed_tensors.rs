@@ -17,7 +17,7 @@ use calib::tensor::Dtype;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use serde_json::{Value, json};
 
-use super::{CompressedTensors, Contents, Form, Format, Part, Scheme, Tensor, Zero, config, notes, targets};
+use super::{CompressedTensors, Contents, Form, Format, Part, Scheme, Source, Tensor, Zero, config, notes, targets};
 use crate::tensorfile::{little_endian, scale_bytes};
 use crate::{Error, Result};
 
@@ -37,41 +37,52 @@ impl Format for CompressedTensors {
         notes::of(tensors)
     }
 
-    fn declare(&self, tensor: &Tensor, scheme: Scheme) -> Result<Vec<Declared>> {
-        let [outputs, inputs] = tensor.matrix_shape()?;
-        let groups = inputs / scheme.group.len(inputs).max(1);
-        let part = |what: &str, dtype, shape| Declared { name: format!("{}.weight_{what}", tensor.module()), dtype, shape };
-        let mut parts = vec![
-            part("packed", Dtype::I32, vec![outputs, pack::words(inputs, scheme.bits)]),
-            part("scale", scale_dtype(scheme.scale), vec![outputs, groups]),
-            part("shape", Dtype::I64, vec![2]),
-        ];
-        if scheme.zero == Zero::Integer {
-            parts.push(part("zero_point", Dtype::I32, vec![pack::words(outputs, scheme.bits), groups]));
-        }
-        Ok(parts)
+    fn declare(&self, group: &[&Tensor]) -> Result<Vec<Declared>> {
+        Ok(group.iter().map(|tensor| declare(tensor)).collect::<Result<Vec<_>>>()?.concat())
     }
 
-    fn parts(&self, tensor: &Tensor, matrix: &QuantizedMatrix) -> Result<Vec<Part>> {
-        let wrong = |source| Error::Matrix { name: tensor.name.clone(), source };
-        let (shape, name) = ([matrix.outputs, matrix.inputs], |what: &str| format!("{}.weight_{what}", tensor.module()));
-        let words = pack::pack_rows(&matrix.codes, shape, matrix.bits).map_err(wrong)?;
-        let mut parts = vec![
-            (name("packed"), little_endian(words)),
-            (name("scale"), scale_bytes(&matrix.scales, matrix.scale_type)),
-            (name("shape"), shape.iter().flat_map(|&n| (n as i64).to_le_bytes()).collect()),
-        ];
-        if let Zeros::Asym(zeros) = &matrix.zeros {
-            let words = pack::pack_columns(zeros, [matrix.outputs, matrix.groups()], matrix.bits).map_err(wrong)?;
-            parts.push((name("zero_point"), little_endian(words)));
-        }
-        Ok(parts)
+    fn parts(&self, group: &[&Tensor], source: &dyn Source) -> Result<Vec<Part>> {
+        Ok(group.iter().map(|tensor| parts(tensor, &source.quantized(&tensor.name)?)).collect::<Result<Vec<_>>>()?.concat())
     }
 
     fn config(&self, contents: &Contents<'_>) -> Result<String> {
         let section = quantization_config(&contents.tensors);
         config::edit(&contents.config, &["compression_config"], Some(("quantization_config", &section))).ok_or(Error::Config)
     }
+}
+
+/// The tensors that one quantized matrix becomes.
+pub(super) fn declare(tensor: &Tensor) -> Result<Vec<Declared>> {
+    let Some(scheme) = tensor.scheme() else { return Ok(Vec::new()) };
+    let [outputs, inputs] = tensor.matrix_shape()?;
+    let groups = inputs / scheme.group.len(inputs).max(1);
+    let part = |what: &str, dtype, shape| Declared { name: format!("{}.weight_{what}", tensor.module()), dtype, shape };
+    let mut parts = vec![
+        part("packed", Dtype::I32, vec![outputs, pack::words(inputs, scheme.bits)]),
+        part("scale", scale_dtype(scheme.scale), vec![outputs, groups]),
+        part("shape", Dtype::I64, vec![2]),
+    ];
+    if scheme.zero == Zero::Integer {
+        parts.push(part("zero_point", Dtype::I32, vec![pack::words(outputs, scheme.bits), groups]));
+    }
+    Ok(parts)
+}
+
+/// Their bytes.
+pub(super) fn parts(tensor: &Tensor, matrix: &QuantizedMatrix) -> Result<Vec<Part>> {
+    let wrong = |source| Error::Matrix { name: tensor.name.clone(), source };
+    let (shape, name) = ([matrix.outputs, matrix.inputs], |what: &str| format!("{}.weight_{what}", tensor.module()));
+    let words = pack::pack_rows(&matrix.codes, shape, matrix.bits).map_err(wrong)?;
+    let mut parts = vec![
+        (name("packed"), little_endian(words)),
+        (name("scale"), scale_bytes(&matrix.scales, matrix.scale_type)),
+        (name("shape"), shape.iter().flat_map(|&n| (n as i64).to_le_bytes()).collect()),
+    ];
+    if let Zeros::Asym(zeros) = &matrix.zeros {
+        let words = pack::pack_columns(zeros, [matrix.outputs, matrix.groups()], matrix.bits).map_err(wrong)?;
+        parts.push((name("zero_point"), little_endian(words)));
+    }
+    Ok(parts)
 }
 
 fn scale_dtype(scale: ScaleType) -> Dtype {
@@ -83,7 +94,7 @@ fn scale_dtype(scale: ScaleType) -> Dtype {
 }
 
 /// Why the format cannot hold a matrix, if it cannot.
-fn refusal(tensor: &Tensor, scheme: Scheme) -> Option<String> {
+pub(super) fn refusal(tensor: &Tensor, scheme: Scheme) -> Option<String> {
     let name = &tensor.name;
     if !name.ends_with(".weight") {
         return Some(format!("{name}: compressed-tensors packs only tensors named `.weight`; exclude it"));
@@ -109,7 +120,7 @@ fn refusal(tensor: &Tensor, scheme: Scheme) -> Option<String> {
 pub fn quantization_config(tensors: &[Tensor]) -> Value {
     let all: BTreeSet<&str> = tensors.iter().map(Tensor::module).collect();
     let mut schemes: BTreeMap<(bool, Scheme), BTreeSet<&str>> = BTreeMap::new();
-    let routed: BTreeSet<Scheme> = tensors.iter().filter(|t| t.kind == Kind::Expert).filter_map(Tensor::scheme).collect();
+    let routed: BTreeSet<Scheme> = tensors.iter().filter(|t| t.kind() == Kind::Expert).filter_map(Tensor::scheme).collect();
     for tensor in tensors {
         let Some(scheme) = tensor.scheme() else { continue };
         schemes.entry((!routed.contains(&scheme), scheme)).or_default().insert(tensor.module());
@@ -163,7 +174,7 @@ fn group(scheme: Scheme, targets: &[String]) -> Value {
 /// Every Linear module that stays as it was (routers, gates, heads, MTP, what was excluded), and the head even where it is tied.
 fn ignored(tensors: &[Tensor], all: &BTreeSet<&str>) -> Vec<String> {
     let linear = |t: &&Tensor| matches!(t.form, Form::Kept(_)) && t.shape.len() == 2 && t.name.ends_with(".weight");
-    let embedding = |t: &&Tensor| t.kind == Kind::Embedding || t.name.ends_with("embed_tokens.weight");
+    let embedding = |t: &&Tensor| t.kind() == Kind::Embedding || t.name.ends_with("embed_tokens.weight");
     let kept: BTreeSet<&str> = tensors.iter().filter(linear).filter(|t| !embedding(t)).map(Tensor::module).collect();
     let mut found = targets::targets(&kept, all);
     if !found.iter().any(|t| t == "lm_head") {

@@ -4,9 +4,9 @@
 
 use calib::checkpoint::Declared;
 use calib::tensor::Dtype;
-use kernels::{QuantizedMatrix, ScaleType};
+use kernels::ScaleType;
 
-use super::{Contents, Dense, Format, Part, Scheme, Tensor, config};
+use super::{Contents, Dense, Format, Part, Source, Tensor, config};
 use crate::tensorfile::scale_bytes;
 use crate::{Error, Result};
 
@@ -23,14 +23,18 @@ impl Format for Dense {
         Vec::new()
     }
 
-    fn declare(&self, tensor: &Tensor, _: Scheme) -> Result<Vec<Declared>> {
-        Ok(vec![Declared { name: tensor.name.clone(), dtype: Dtype::Bf16, shape: tensor.shape.clone() }])
+    fn declare(&self, group: &[&Tensor]) -> Result<Vec<Declared>> {
+        let declared = |t: &&Tensor| Declared { name: t.name.clone(), dtype: Dtype::Bf16, shape: t.shape.clone() };
+        Ok(group.iter().map(declared).collect())
     }
 
-    fn parts(&self, tensor: &Tensor, matrix: &QuantizedMatrix) -> Result<Vec<Part>> {
-        let weights = matrix.dequantize();
-        let weights = weights.as_slice().ok_or_else(|| Error::NotAMatrix { name: tensor.name.clone(), shape: tensor.shape.clone() })?;
-        Ok(vec![(tensor.name.clone(), scale_bytes(weights, ScaleType::Bf16))])
+    fn parts(&self, group: &[&Tensor], source: &dyn Source) -> Result<Vec<Part>> {
+        let part = |tensor: &&Tensor| {
+            let weights = source.quantized(&tensor.name)?.dequantize();
+            let weights = weights.as_slice().ok_or_else(|| Error::NotAMatrix { name: tensor.name.clone(), shape: tensor.shape.clone() })?;
+            Ok((tensor.name.clone(), scale_bytes(weights, ScaleType::Bf16)))
+        };
+        group.iter().map(part).collect()
     }
 
     fn config(&self, contents: &Contents<'_>) -> Result<String> {

@@ -10,6 +10,7 @@
 pub mod compressed_tensors;
 pub mod config;
 pub mod dense;
+pub mod native;
 mod notes;
 mod place;
 pub mod targets;
@@ -19,7 +20,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use calib::arch::Kind;
+use calib::arch::{Kind, Role};
 use calib::checkpoint::{self, Writer};
 use calib::progress::Progress;
 use calib::tensor::Dtype;
@@ -35,7 +36,7 @@ use crate::{Error, Result};
 const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// Every format's name, in the fixed order.
-pub const NAMES: [&str; 2] = ["compressed_tensors", "dense"];
+pub const NAMES: [&str; 3] = ["compressed_tensors", "native", "dense"];
 
 /// The formats to write, each with its knobs. The first of the order below lies at the top of the output directory, every
 /// further one in a folder of its name.
@@ -45,6 +46,9 @@ pub struct Exports {
     /// Packed codes and scales as vLLM, SGLang and transformers load them (`pack-quantized`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compressed_tensors: Option<CompressedTensors>,
+    /// Routed experts of any mixture of widths in the layout of this project's own kernels, the rest as compressed-tensors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub native: Option<Native>,
     /// The same weights dequantized to bf16 under their original names: loads everywhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dense: Option<Dense>,
@@ -54,6 +58,11 @@ pub struct Exports {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CompressedTensors {}
+
+/// Knobs of the native export: none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Native {}
 
 /// Knobs of the dense export: none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -65,6 +74,7 @@ impl Exports {
     pub fn formats(&self) -> Vec<&dyn Format> {
         let mut found: Vec<&dyn Format> = Vec::new();
         found.extend(self.compressed_tensors.as_ref().map(|f| f as &dyn Format));
+        found.extend(self.native.as_ref().map(|f| f as &dyn Format));
         found.extend(self.dense.as_ref().map(|f| f as &dyn Format));
         found
     }
@@ -113,7 +123,7 @@ pub struct Tensor {
     /// Original shape.
     pub shape: Vec<usize>,
     /// What it is to the model.
-    pub kind: Kind,
+    pub role: Role,
     /// What becomes of it.
     pub form: Form,
 }
@@ -122,6 +132,11 @@ impl Tensor {
     /// The module that holds it: the name without its last part.
     pub fn module(&self) -> &str {
         self.name.rsplit_once('.').map_or(self.name.as_str(), |(module, _)| module)
+    }
+
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        self.role.kind()
     }
 
     /// The scheme, if it is quantized.
@@ -185,19 +200,24 @@ pub trait Format: Sync {
     /// Which runtimes will not load the output, or load it wrongly, and why.
     fn notes(&self, tensors: &[Tensor]) -> Vec<String>;
 
-    /// The tensors that one quantized matrix becomes.
+    /// The quantized matrices, those together that become tensors together.
+    fn groups<'t>(&self, tensors: &'t [Tensor]) -> Vec<Vec<&'t Tensor>> {
+        tensors.iter().filter(|tensor| tensor.scheme().is_some()).map(|tensor| vec![tensor]).collect()
+    }
+
+    /// The tensors that one group of quantized matrices becomes.
     ///
     /// # Errors
     ///
-    /// [`Error::NotAMatrix`].
-    fn declare(&self, tensor: &Tensor, scheme: Scheme) -> Result<Vec<checkpoint::Declared>>;
+    /// [`Error::NotAMatrix`]; what the format refuses.
+    fn declare(&self, group: &[&Tensor]) -> Result<Vec<checkpoint::Declared>>;
 
     /// Their bytes, in any order.
     ///
     /// # Errors
     ///
-    /// A matrix that contradicts itself.
-    fn parts(&self, tensor: &Tensor, matrix: &QuantizedMatrix) -> Result<Vec<Part>>;
+    /// A matrix that contradicts itself; whatever reading one brings up.
+    fn parts(&self, group: &[&Tensor], source: &dyn Source) -> Result<Vec<Part>>;
 
     /// The text of `config.json`.
     ///
@@ -231,7 +251,8 @@ pub fn refusals(exports: &Exports, tensors: &[Tensor]) -> Vec<String> {
 
 /// Writes every format asked for under `out`, each whole and checked before it gets its place.
 ///
-/// Peak memory beside what `contents.source` holds: one matrix's codes and its bytes in the format (for `dense` also its values in f32).
+/// Peak memory beside what `contents.source` holds: one matrix's codes and its bytes in the format (for `dense` also its values in f32); for `native` the arena
+/// of one projection of a layer: all its experts' packed bytes.
 ///
 /// # Errors
 ///
@@ -263,35 +284,39 @@ pub fn write(contents: &Contents<'_>, exports: &Exports, out: &Path, progress: &
 /// Streams one format into an empty folder; gives the bytes of its tensors.
 fn fill(contents: &Contents<'_>, format: &dyn Format, stage: &Path, progress: &dyn Progress) -> Result<u64> {
     let mut declared = Vec::new();
+    let groups = format.groups(&contents.tensors);
     for tensor in &contents.tensors {
-        match tensor.form {
-            Form::Kept(dtype) => {
-                declared.push(checkpoint::Declared { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() });
-            }
-            Form::Quantized(scheme) => declared.extend(format.declare(tensor, scheme)?),
+        if let Form::Kept(dtype) = tensor.form {
+            declared.push(checkpoint::Declared { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() });
         }
+    }
+    for group in &groups {
+        declared.extend(format.declare(group)?);
     }
     let bytes = declared.iter().map(|d| (d.shape.iter().product::<usize>() * d.dtype.size()) as u64).sum();
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut writer = Writer::create(stage, declared, SHARD_BYTES, metadata)?;
     progress.start(format.name(), contents.tensors.len() as u64);
-    for tensor in &contents.tensors {
-        match tensor.form {
-            Form::Kept(_) => writer.put(&tensor.name, &contents.source.kept(&tensor.name)?)?,
-            Form::Quantized(_) => {
-                let parts = format.parts(tensor, &contents.source.quantized(&tensor.name)?)?;
-                for (name, bytes) in parts {
-                    writer.put(&name, &bytes)?;
-                }
-            }
-        }
+    for tensor in contents.tensors.iter().filter(|tensor| tensor.scheme().is_none()) {
+        writer.put(&tensor.name, &contents.source.kept(&tensor.name)?)?;
         progress.tick(1);
+    }
+    for group in &groups {
+        for (name, bytes) in format.parts(group, contents.source)? {
+            writer.put(&name, &bytes)?;
+        }
+        progress.tick(group.len() as u64);
     }
     writer.finish()?;
     for file in &contents.files {
         let Some(name) = file.file_name() else { continue };
+        let folder = match file.parent().and_then(Path::file_name) {
+            Some(folder) if folder == checkpoint::TEMPLATES => stage.join(folder),
+            _ => stage.to_owned(),
+        };
+        fs_err::create_dir_all(&folder)?;
         // Not copied: a read-only source would make a read-only output.
-        fs_err::write(stage.join(name), fs_err::read(file)?)?;
+        fs_err::write(folder.join(name), fs_err::read(file)?)?;
     }
     fs_err::write(stage.join("config.json"), format.config(contents)?)?;
     progress.finish();

@@ -15,7 +15,7 @@ pub fn of(tensors: &[Tensor]) -> Vec<String> {
     if tensors.iter().all(|tensor| tensor.scheme().is_none()) {
         return Vec::new();
     }
-    let routed: Vec<&Tensor> = tensors.iter().filter(|tensor| tensor.kind == Kind::Expert).collect();
+    let routed: Vec<&Tensor> = tensors.iter().filter(|tensor| tensor.kind() == Kind::Expert).collect();
     let schemes: BTreeSet<Option<Scheme>> = routed.iter().map(|tensor| tensor.scheme()).collect();
     let mut found = Vec::new();
     if let Some(dense) = routed.iter().find(|tensor| tensor.scheme().is_none()) {
@@ -62,6 +62,7 @@ fn ragged(tensors: &[Tensor]) -> Option<(&str, usize)> {
 
 #[cfg(test)]
 mod tests {
+    use calib::arch::{Part, Projection, Role};
     use calib::tensor::Dtype;
     use kernels::{Group, ScaleType};
 
@@ -74,7 +75,12 @@ mod tests {
 
     fn experts(forms: [Form; 4]) -> Vec<Tensor> {
         let names = ["0.mlp.experts.0.up_proj", "0.mlp.experts.1.up_proj", "1.mlp.experts.0.up_proj", "1.mlp.experts.1.up_proj"];
-        let of = |(name, form)| Tensor { name: format!("model.layers.{name}.weight"), shape: vec![32, 64], kind: Kind::Expert, form };
+        let of = |(name, form)| Tensor {
+            name: format!("model.layers.{name}.weight"),
+            shape: vec![32, 64],
+            role: Role::Layer(0, Part::Expert(0, Projection::Up)),
+            form,
+        };
         names.into_iter().zip(forms).map(of).collect()
     }
 

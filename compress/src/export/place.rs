@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use calib::checkpoint::TEMPLATES;
+
 use crate::tensorfile::sync_folder;
 use crate::{Error, Result};
 
@@ -48,7 +50,8 @@ pub fn beside(stage: &Path, target: &Path) -> Result<PathBuf> {
     Ok(target.to_owned())
 }
 
-/// Moves the files of a finished folder to the top of `out`; weights of an earlier run that the new one does not replace go.
+/// Moves the files of a finished folder, and its folder of chat templates, to the top of `out`; weights and templates of an earlier
+/// run that the new one does not replace go.
 pub fn at_top(stage: &Path, out: &Path) -> Result<PathBuf> {
     let config = out.join("config.json");
     if config.exists() {
@@ -63,6 +66,13 @@ pub fn at_top(stage: &Path, out: &Path) -> Result<PathBuf> {
     }
     for name in new.iter().filter(|name| *name != "config.json") {
         fs_err::rename(stage.join(name), out.join(name))?;
+    }
+    let (templates, ours) = (stage.join(TEMPLATES), out.join(TEMPLATES));
+    if ours.is_dir() {
+        fs_err::remove_dir_all(&ours)?;
+    }
+    if templates.is_dir() {
+        fs_err::rename(&templates, &ours)?;
     }
     sync_folder(&config)?;
     fs_err::rename(stage.join("config.json"), &config)?;
@@ -114,7 +124,12 @@ mod tests {
         for name in ["config.json", "model.safetensors", "tokenizer.json"] {
             fs_err::write(stage.join(name), "new").unwrap();
         }
+        for (dir, name) in [(&stage, "tool.jinja"), (&out.to_owned(), "old.jinja")] {
+            fs_err::create_dir(dir.join(TEMPLATES)).unwrap();
+            fs_err::write(dir.join(TEMPLATES).join(name), "x").unwrap();
+        }
         at_top(&stage, out).unwrap();
+        assert_eq!(names(&out.join(TEMPLATES)).unwrap().into_iter().collect::<Vec<_>>(), ["tool.jinja"]);
         let found: Vec<String> = names(out).unwrap().into_iter().map(|n| n.into_string().unwrap()).collect();
         assert_eq!(found, ["config.json", "model.safetensors", "notes.md", "tokenizer.json"]);
         assert_eq!(fs_err::read_to_string(out.join("tokenizer.json")).unwrap(), "new");

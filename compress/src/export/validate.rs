@@ -9,10 +9,11 @@ use std::path::Path;
 
 use calib::Model;
 use calib::checkpoint::Checkpoint;
+use kernels::{QuantizedMatrix, Zeros, bounds};
 use serde_json::Value;
 
 use super::{Contents, Form, Format, Tensor};
-use crate::packed::{ExpertRounding, Packed, is_packed};
+use crate::packed::{ExpertRounding, Packed, is_packed, streams};
 use crate::{Error, Result};
 
 /// Matrices whose values are compared, spread evenly over the model; a small model is compared whole.
@@ -129,10 +130,12 @@ fn kept(contents: &Contents<'_>, checkpoint: &Checkpoint, problems: &mut Vec<Str
 fn stored(contents: &Contents<'_>, format: &dyn Format, checkpoint: &Checkpoint, problems: &mut Vec<String>) -> Result<()> {
     let mut wanted = BTreeMap::new();
     for tensor in &contents.tensors {
-        match tensor.form {
-            Form::Kept(dtype) => _ = wanted.insert(tensor.name.clone(), (dtype, tensor.shape.clone())),
-            Form::Quantized(scheme) => wanted.extend(format.declare(tensor, scheme)?.into_iter().map(|d| (d.name, (d.dtype, d.shape)))),
+        if let Form::Kept(dtype) = tensor.form {
+            wanted.insert(tensor.name.clone(), (dtype, tensor.shape.clone()));
         }
+    }
+    for group in format.groups(&contents.tensors) {
+        wanted.extend(format.declare(&group)?.into_iter().map(|d| (d.name, (d.dtype, d.shape))));
     }
     for info in checkpoint.tensors() {
         match wanted.remove(&info.name) {
@@ -150,23 +153,39 @@ fn stored(contents: &Contents<'_>, format: &dyn Format, checkpoint: &Checkpoint,
 
 /// Config groups against names, then the values of some matrices.
 fn packed(contents: &Contents<'_>, checkpoint: Checkpoint, problems: &mut Vec<String>) -> Result<()> {
-    groups(contents, checkpoint.config(), problems);
+    groups(contents, &checkpoint, problems);
     // Opening holds widths, scale shapes and zeros of every matrix to the config, and every name to the family.
     let packed = Packed::new(checkpoint, ExpertRounding::None)?;
     for tensor in quantized(contents) {
         let name = format!("{}.weight_scale", tensor.module());
-        if packed.checkpoint().floats(&name)?.iter().any(|&scale| !(scale.is_finite() && scale > 0.0)) {
+        // Scales in arenas are held to that when they are unpacked.
+        if packed.checkpoint().info(&name).is_some()
+            && packed.checkpoint().floats(&name)?.iter().any(|&scale| !(scale.is_finite() && scale > 0.0))
+        {
             problems.push(format!("{name} holds a scale that is not a positive number"));
         }
     }
     for tensor in compared(contents) {
         let solved = contents.source.quantized(&tensor.name)?;
-        // The same codes, scales and zeros are the same values to the last bit.
-        if packed.quantized(&tensor.name)?.as_ref() != Some(&solved) {
+        // The same codes, scales and zeros are the same values to the last bit; real zeros are stored as offsets, so their values are compared.
+        let read = packed.quantized(&tensor.name)?;
+        let same = match (&read, &solved.zeros) {
+            (Some(read), Zeros::Offset(_)) => read.codes == solved.codes && read.scales == solved.scales && near(read, &solved),
+            (read, _) => read.as_ref() == Some(&solved),
+        };
+        if !same {
             problems.push(format!("{} does not read back as it was solved", tensor.name));
         }
     }
     Ok(())
+}
+
+/// Whether two matrices have the same values but for a rounding of their zeros in f32.
+fn near(a: &QuantizedMatrix, b: &QuantizedMatrix) -> bool {
+    let [a, b] = [a, b].map(QuantizedMatrix::dequantize);
+    let (apart, whole) =
+        a.iter().zip(&b).fold((0.0, 0.0), |(apart, whole), (a, b)| (apart + f64::from(a - b).powi(2), whole + f64::from(*b).powi(2)));
+    apart <= whole * bounds::OFFSET.powi(2)
 }
 
 /// The values of some matrices: the solver's, rounded to bf16.
@@ -185,8 +204,8 @@ fn plain(contents: &Contents<'_>, checkpoint: Checkpoint, problems: &mut Vec<Str
 }
 
 /// Every quantized module matches one target, every other module none; every target matches something.
-fn groups(contents: &Contents<'_>, config: &Value, problems: &mut Vec<String>) {
-    let groups = config.get("quantization_config").and_then(|q| q.get("config_groups")).and_then(Value::as_object);
+fn groups(contents: &Contents<'_>, checkpoint: &Checkpoint, problems: &mut Vec<String>) {
+    let groups = streams(checkpoint.config()).and_then(|section| section.get("config_groups")).and_then(Value::as_object);
     let listed = |group: &Value| group.get("targets").and_then(Value::as_array).cloned().unwrap_or_default();
     let targets: Vec<Value> = groups.into_iter().flat_map(|groups| groups.values().flat_map(listed)).collect();
     let mut expressions = Vec::new();
@@ -200,7 +219,8 @@ fn groups(contents: &Contents<'_>, config: &Value, problems: &mut Vec<String>) {
     // A bias stands beside its packed weight, in the same module.
     let mut modules: BTreeMap<&str, bool> = BTreeMap::new();
     for tensor in &contents.tensors {
-        *modules.entry(tensor.module()).or_default() |= tensor.scheme().is_some();
+        let streamed = || checkpoint.info(&format!("{}.weight_packed", tensor.module())).is_some();
+        *modules.entry(tensor.module()).or_default() |= tensor.scheme().is_some() && streamed();
     }
     for (module, quantized) in modules {
         let mut matched = 0;

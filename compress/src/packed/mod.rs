@@ -1,9 +1,13 @@
-//! A compressed-tensors checkpoint as a model that runs: weights are unpacked and dequantized when they are asked for.
+//! A compressed-tensors or native checkpoint as a model that runs: weights are unpacked and dequantized when they are asked for.
+//!
+//! Native checkpoints ([`export::native`](crate::export::native)) hold arenas beside what compressed-tensors packs; see [`arenas`].
 //!
 //! Read are `pack-quantized` checkpoints, ours and others': `config_groups` by exact names, `re:` expressions and the class `Linear`, in
 //! compressed-tensors' own order of precedence. Other formats, activation orders stored as `weight_g_idx`, and the padded packing of
 //! compressed-tensors 0.17 at 3, 5, 6 and 7 bits are refused by name.
 
+mod arenas;
+pub mod emit;
 mod schemes;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,13 +16,15 @@ use std::path::Path;
 use calib::arch::{Kind, Layout, Part, Role, Spec, resolve};
 use calib::checkpoint::Checkpoint;
 use calib::tensor::Dtype;
-use calib::{Model, Weights};
+use calib::{Applied, Model, Weights};
 use kernels::dequant::Product;
+use kernels::layout::Arena;
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use ndarray::{Array1, Array2};
 use serde_json::Value;
 
 use crate::{Error, Result};
+use arenas::Place;
 use schemes::Schemes;
 
 /// How the weights of routed experts are rounded when they are dequantized.
@@ -30,22 +36,38 @@ pub enum ExpertRounding {
     Bf16,
 }
 
-/// Opens a model to run: a plain checkpoint, or a compressed-tensors one.
+/// Opens a model to run: a plain checkpoint, or one that [`is_packed`].
 ///
 /// # Errors
 ///
-/// Whatever opening a checkpoint brings up; [`Error::Packed`] if it is compressed in a way that cannot be read.
+/// Whatever opening a checkpoint brings up; [`Error::Packed`] if it is compressed in a way that cannot be read, or if experts are to be
+/// rounded that are not packed.
 pub fn open(dir: &Path, rounding: ExpertRounding) -> Result<Box<dyn Weights>> {
     let checkpoint = Checkpoint::open(dir)?;
     if is_packed(checkpoint.config()) {
         return Ok(Box::new(Packed::new(checkpoint, rounding)?));
     }
+    if rounding != ExpertRounding::None {
+        let what = "its experts are not packed, so there is nothing that rounding after dequantization would change; leave out \
+                    --round-experts";
+        return Err(Error::Packed { dir: dir.to_owned(), what: what.to_owned() });
+    }
     Ok(Box::new(Model::from_checkpoint(checkpoint)?))
 }
 
-/// Whether a config says compressed-tensors.
+/// Whether a config says compressed-tensors, or the native layout of this project.
 pub fn is_packed(config: &Value) -> bool {
-    section(config).and_then(|s| s.get("quant_method")).and_then(Value::as_str) == Some("compressed-tensors")
+    let method = section(config).and_then(|s| s.get("quant_method")).and_then(Value::as_str);
+    matches!(method, Some("compressed-tensors" | crate::export::native::METHOD))
+}
+
+/// What a config says of matrices that compressed-tensors packs: its own section, or that part of a native one.
+pub fn streams(config: &Value) -> Option<&Value> {
+    let section = section(config)?;
+    if section.get("quant_method").and_then(Value::as_str) == Some(crate::export::native::METHOD) {
+        return section.get("linear");
+    }
+    Some(section)
 }
 
 fn section(config: &Value) -> Option<&Value> {
@@ -67,6 +89,8 @@ pub struct Stored {
     pub zeros: ZeroPoints,
     /// Bytes of codes, scales and zeros.
     pub bytes: u64,
+    /// Its place in an arena, if it lies in one.
+    place: Option<Place>,
 }
 
 /// Whether integer zero points are stored.
@@ -76,14 +100,19 @@ pub enum ZeroPoints {
     Symmetric,
     /// One a group.
     Stored,
+    /// Zero lies between the two middle codes.
+    Half,
+    /// A real offset a group.
+    Offset,
 }
 
-/// A compressed-tensors checkpoint seen through its family.
+/// A compressed-tensors or native checkpoint seen through its family.
 pub struct Packed {
     checkpoint: Checkpoint,
     spec: Spec,
     layout: Layout,
     matrices: BTreeMap<String, Stored>,
+    arenas: BTreeMap<String, Arena>,
     rounding: ExpertRounding,
 }
 
@@ -97,7 +126,9 @@ impl Packed {
         let resolved = resolve(checkpoint.config())?;
         let schemes = Schemes::read(&checkpoint)?;
         let mut matrices = BTreeMap::new();
-        let mut logical = Vec::new();
+        let (arenas, in_arenas) = arenas::read(&checkpoint, &resolved)?;
+        let mut logical: Vec<(String, Vec<usize>)> = in_arenas.iter().map(|(name, stored)| (name.clone(), stored.shape.to_vec())).collect();
+        matrices.extend(in_arenas);
         for (name, shape) in checkpoint.logical() {
             match name.rsplit_once('.') {
                 Some((module, "weight_packed")) => {
@@ -107,12 +138,13 @@ impl Packed {
                 }
                 Some((module, "weight_scale" | "weight_shape" | "weight_zero_point"))
                     if checkpoint.info(&format!("{module}.weight_packed")).is_some() => {}
+                Some((module, "arena" | "table")) if arenas.contains_key(module) => {}
                 Some((_, "weight_g_idx")) => return Err(wrong(&checkpoint, format!("{name}: stored activation orders are not read"))),
                 _ => logical.push((name, shape)),
             }
         }
         let layout = Layout::claim(resolved.family, &resolved.spec, &logical)?;
-        Ok(Self { checkpoint, spec: resolved.spec, layout, matrices, rounding })
+        Ok(Self { checkpoint, spec: resolved.spec, layout, matrices, arenas, rounding })
     }
 
     /// The checkpoint behind it.
@@ -152,13 +184,17 @@ impl Packed {
         let Some(stored) = self.matrices.get(name) else { return Ok(None) };
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let matrix_error = |source| Error::Matrix { name: name.to_owned(), source };
+        if let Some(place) = &stored.place {
+            let mut matrices = self.in_arena(place).and_then(|packed| packed.unpack()).map_err(matrix_error)?;
+            return Ok((place.which < matrices.len()).then(|| matrices.swap_remove(place.which)));
+        }
         let [outputs, inputs] = stored.shape;
         let words = |part: &str| Ok::<_, Error>(words(self.checkpoint.bytes(&format!("{module}.{part}"))?));
         let scales = self.checkpoint.floats(&format!("{module}.weight_scale"))?;
         let groups = inputs / stored.group.len(inputs).max(1);
         let zeros = match stored.zeros {
             ZeroPoints::Symmetric => Zeros::Sym,
-            ZeroPoints::Stored => {
+            _ => {
                 let words = words("weight_zero_point")?;
                 Zeros::Asym(pack::unpack_columns(&words, [outputs, groups], stored.bits).map_err(matrix_error)?)
             }
@@ -168,6 +204,14 @@ impl Packed {
         let matrix = QuantizedMatrix { outputs, inputs, bits, group, scale_type, codes, scales, zeros };
         matrix.check().map_err(matrix_error)?;
         Ok(Some(matrix))
+    }
+
+    /// A packed expert, or a matrix that is alone in an arena.
+    fn in_arena(&self, place: &Place) -> kernels::Result<kernels::layout::Packed> {
+        let missing = |what: String| kernels::Error::Table { what };
+        let arena = self.arenas.get(&place.arena).ok_or_else(|| missing(format!("there is no arena {}", place.arena)))?;
+        let bytes = self.checkpoint.bytes(&format!("{}.arena", place.arena)).map_err(|error| missing(error.to_string()))?;
+        arena.take(bytes, place.expert)
     }
 
     fn name(&self, role: Role) -> calib::Result<&str> {
@@ -194,6 +238,14 @@ impl Weights for Packed {
 
     fn vector(&self, role: Role) -> calib::Result<Array1<f32>> {
         self.checkpoint.vector(self.name(role)?)
+    }
+
+    fn applied(&self, layer: usize, expert: usize) -> calib::Result<Option<Box<dyn Applied>>> {
+        if self.rounding == ExpertRounding::Bf16 {
+            return Ok(None);
+        }
+        let found = self.expert(layer, expert).map_err(|error| calib::Error::Tap(Box::new(error)))?;
+        Ok(found.map(|expert| Box::new(expert) as Box<dyn Applied>))
     }
 }
 
@@ -259,7 +311,7 @@ fn stored(checkpoint: &Checkpoint, module: &str, schemes: &Schemes) -> Result<St
         bytes += zeros.bytes.end - zeros.bytes.start;
         ZeroPoints::Stored
     };
-    Ok(Stored { shape, bits, group, scale: scale_type(checkpoint, scale.dtype, module)?, zeros, bytes })
+    Ok(Stored { shape, bits, group, scale: scale_type(checkpoint, scale.dtype, module)?, zeros, bytes, place: None })
 }
 
 fn scale_type(checkpoint: &Checkpoint, dtype: Dtype, module: &str) -> Result<ScaleType> {

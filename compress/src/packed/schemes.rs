@@ -8,7 +8,7 @@ use regex::Regex;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{section, wrong};
+use super::{streams, wrong};
 use crate::Result;
 
 /// `config_groups` and `ignore`, ready to be matched.
@@ -73,7 +73,7 @@ impl Schemes {
     /// Reads the config's groups.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self> {
         let refuse = |what: String| wrong(checkpoint, what);
-        let section = section(checkpoint.config()).cloned().unwrap_or_default();
+        let section = streams(checkpoint.config()).cloned().unwrap_or_default();
         let section: Section = serde_json::from_value(section).map_err(|error| refuse(format!("quantization_config: {error}")))?;
         let mut found = Self { exact: Vec::new(), expressions: Vec::new(), class: None, weights: Vec::new() };
         for (name, group) in section.config_groups {

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use calib::arch::{Part, Role};
+use calib::stats::Undercalibrated;
 use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
@@ -109,7 +110,14 @@ impl Quantize {
 pub enum Solver {
     /// The plan's quantizer.
     Planned,
-    /// Rounding to nearest instead, and why (an expert that saw no token).
+    /// The plan's quantizer, against the expert's second moment blended with the layer's, because too few tokens reached it.
+    Blended {
+        /// Tokens that did.
+        tokens: u64,
+        /// Tokens that the recipe's rule wants.
+        wanted: u64,
+    },
+    /// Rounding to nearest instead, and why (an expert that too few tokens reached).
     Rounded {
         /// Why.
         reason: String,
@@ -118,19 +126,21 @@ pub enum Solver {
 
 /// Decides what becomes of every tensor. Pure: the same inputs give the same plan.
 ///
-/// With `measured`, an expert that no token reached is rounded to nearest and dead channels are counted. Without it (a solver
+/// With `measured`, the recipe's rule says what becomes of an expert that too few tokens reached, and dead channels are counted. Without it (a solver
 /// that needs no calibration, or a checkpoint without data) every matrix goes to the solver.
 ///
 /// # Errors
 ///
-/// [`Error::Undecided`] where no choice of widths meets the budget and the rules.
+/// [`Error::Undecided`] where no choice of widths meets the budget and the rules; [`Error::Undercalibrated`] where the rule is to stop.
 pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Result<Plan> {
     let quantizer = recipe.quantize.clone();
     let widths = match (&quantizer, &recipe.allocate) {
         (Some(_), Some(allocate)) => Some(Widths::decide(allocate, shape, measured)?),
         _ => None,
     };
-    let solved = measured.filter(|_| quantizer.as_ref().is_some_and(Quantizer::needs_calibration));
+    let rule = recipe.calibrate.as_ref().map_or_else(Undercalibrated::default, |calibrate| calibrate.undercalibrated);
+    let solved = measured.filter(|_| quantizer.as_ref().is_some_and(Quantizer::needs_calibration)).map(|measured| (measured, rule));
+    stop(solved, shape, widths.as_ref())?;
     let repair = recipe.repair.clone().unwrap_or_default();
     let chosen = |tensor: &Tensor| widths.as_ref().is_some_and(|w| w.chosen.contains_key(&tensor.name));
     let layer = |tensor: &Tensor| tensor.quantizable().map(|(layer, ..)| layer);
@@ -139,7 +149,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         (Role::Buffer, ..) => {
             Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
         }
-        (_, Some(choice), Some((layer, part, _))) => Action::Quantize(quantize(choice, tensor, layer, part, solved)),
+        (_, Some(choice), Some(place)) => Action::Quantize(quantize(choice, tensor, place, solved)),
         (Role::Layer(layer, Part::Router), ..) if repair.router_repair.is_some() && touched.contains(&layer) => Action::Refit,
         _ => Action::Keep,
     };
@@ -165,17 +175,50 @@ pub fn read(path: &Path) -> Result<Plan> {
     serde_json::from_slice(&fs_err::read(path)?).map_err(|source| Error::Json { path: path.to_owned(), source })
 }
 
-/// What becomes of one matrix; `solved` is what calibration saw, where the quantizer solves against it.
-fn quantize(choice: &Choice, tensor: &Tensor, layer: usize, part: Part, solved: Option<&Measured>) -> Quantize {
-    let seen = solved.map(|m| part.site().and_then(|site| m.sites.get(&(layer, site)).copied()).unwrap_or_default());
-    let solver = match (seen, part) {
-        (Some(Seen { rows: 0, .. }), Part::Expert(expert, _)) => {
-            Solver::Rounded { reason: format!("no calibration token reached expert {expert} of layer {layer}") }
+/// What calibration saw, and what becomes of experts that it saw too little of.
+type Solved<'a> = (&'a Measured, Undercalibrated);
+
+/// What calibration saw of a matrix's inputs.
+fn seen(measured: &Measured, layer: usize, part: Part) -> Seen {
+    part.site().and_then(|site| measured.sites.get(&(layer, site)).copied()).unwrap_or_default()
+}
+
+/// Stops, if that is the rule, where too few tokens reached an expert that is to be quantized.
+fn stop(solved: Option<Solved<'_>>, shape: &Shape, widths: Option<&Widths>) -> Result<()> {
+    let (Some((measured, rule @ Undercalibrated::Stop(_))), Some(widths)) = (solved, widths) else { return Ok(()) };
+    let mut few: BTreeMap<(usize, usize), (u64, u64)> = BTreeMap::new();
+    for tensor in shape.tensors.iter().filter(|tensor| widths.chosen.contains_key(&tensor.name)) {
+        let Some((layer, part @ Part::Expert(expert, _), inputs)) = tensor.quantizable() else { continue };
+        let (tokens, wanted) = (seen(measured, layer, part).rows, rule.wanted(inputs));
+        if tokens < wanted {
+            let (_, most) = few.entry((layer, expert)).or_insert((tokens, wanted));
+            *most = wanted.max(*most);
         }
-        (Some(Seen { rows: 0, .. }), _) => Solver::Rounded { reason: "no calibration token reached it".into() },
+    }
+    let line = |((layer, expert), (tokens, wanted))| format!("layer {layer}, expert {expert}: {tokens} of {wanted} tokens");
+    let experts: Vec<String> = few.into_iter().map(line).collect();
+    if experts.is_empty() { Ok(()) } else { Err(Error::Undercalibrated { experts }) }
+}
+
+/// What becomes of one matrix; `solved` is what calibration saw, where the quantizer solves against it.
+fn quantize(choice: &Choice, tensor: &Tensor, (layer, part, inputs): (usize, Part, usize), solved: Option<Solved<'_>>) -> Quantize {
+    let seen = solved.map(|(measured, rule)| (seen(measured, layer, part), rule));
+    let solver = match (seen, part) {
+        (Some((Seen { rows, .. }, rule)), Part::Expert(expert, _)) if rows < rule.wanted(inputs) => match rule {
+            Undercalibrated::Rtn(_) if rows == 0 => {
+                Solver::Rounded { reason: format!("no calibration token reached expert {expert} of layer {layer}") }
+            }
+            Undercalibrated::Rtn(_) => {
+                let wanted = rule.wanted(inputs);
+                Solver::Rounded { reason: format!("expert {expert} of layer {layer} saw {rows} tokens, and {wanted} are wanted") }
+            }
+            Undercalibrated::Blend(_) | Undercalibrated::Stop(_) => Solver::Blended { tokens: rows, wanted: rule.wanted(inputs) },
+        },
+        (Some((Seen { rows: 0, .. }, _)), _) => Solver::Rounded { reason: "no calibration token reached it".into() },
         _ => Solver::Planned,
     };
-    let dead_channels = seen.filter(|seen| seen.rows > 0).map_or(0, |seen| seen.dead);
+    // Where the layer's tokens stand in, they may excite a channel that the expert's own do not.
+    let dead_channels = seen.filter(|_| solver == Solver::Planned).map_or(0, |(seen, _)| seen.dead);
     let Choice { bits, group, grid } = *choice;
     Quantize { bits, group, grid, scale: tensor.scale, solver, dead_channels }
 }
@@ -215,7 +258,7 @@ mod tests {
 
     fn measured() -> Measured {
         let sites = [
-            ((0, Site::ExpertIn(0)), Seen { rows: 9, dead: 3 }),
+            ((0, Site::ExpertIn(0)), Seen { rows: 32, dead: 3 }),
             ((0, Site::ExpertIn(1)), Seen { rows: 0, dead: 64 }),
             ((0, Site::AttentionIn), Seen { rows: 20, dead: 0 }),
         ];
@@ -233,9 +276,36 @@ mod tests {
         let Action::Quantize(q) = of("b.0.up.weight") else { panic!() };
         assert_eq!((q.bits, q.group, q.dead_channels, &q.solver), (4, Group::Size(32), 3, &Solver::Planned));
         let Action::Quantize(q) = of("b.1.up.weight") else { panic!() };
-        let reason = "no calibration token reached expert 1 of layer 0".to_owned();
-        assert_eq!((&q.solver, q.dead_channels), (&Solver::Rounded { reason }, 0));
+        assert_eq!((&q.solver, q.dead_channels), (&Solver::Blended { tokens: 0, wanted: 32 }, 0));
         assert_eq!((plan.model.as_str(), plan.corpus.as_deref()), ("f", Some("c")));
+    }
+
+    #[test]
+    fn the_recipes_rule_says_what_becomes_of_an_expert_that_few_tokens_reached() {
+        let ruled = |rule: &str| {
+            let mut recipe = recipe("gptq", "");
+            recipe.calibrate = Some(toml::from_str(&format!("corpus = []\n[undercalibrated.{rule}]\ntokens_per_input = 1")).unwrap());
+            make(&recipe, &shape(), Some(&measured()))
+        };
+        // 64 inputs: expert 0 has 32 tokens, expert 1 none.
+        let solver = |plan: &Plan, name: &str| match &plan.tensors[name] {
+            Action::Quantize(q) => q.solver.clone(),
+            _ => panic!("{name} is not quantized"),
+        };
+        let blended = ruled("blend").unwrap();
+        assert_eq!(solver(&blended, "b.0.up.weight"), Solver::Blended { tokens: 32, wanted: 64 });
+        let sum = blended.summary(&shape());
+        assert_eq!((sum.blended_experts, sum.rounded_experts, sum.dead_channels), (2, 0, 0));
+        let rounded = ruled("rtn").unwrap();
+        let reason = "expert 0 of layer 0 saw 32 tokens, and 64 are wanted".to_owned();
+        assert_eq!(solver(&rounded, "b.0.gate.weight"), Solver::Rounded { reason });
+        let reason = "no calibration token reached expert 1 of layer 0".to_owned();
+        assert_eq!(solver(&rounded, "b.1.up.weight"), Solver::Rounded { reason });
+        assert_eq!(rounded.summary(&shape()).rounded_experts, 2);
+        let said = ruled("stop").unwrap_err().to_string();
+        assert!(said.contains("layer 0, expert 0: 32 of 64 tokens\n  layer 0, expert 1: 0 of 64 tokens"), "{said}");
+        // Attention is no expert: 20 tokens have to do.
+        assert_eq!(solver(&blended, "d.q.weight"), Solver::Planned);
     }
 
     #[test]
@@ -256,7 +326,7 @@ mod tests {
         // The router, 2 · 64 bf16.
         assert_eq!((sum.bytes_kept, sum.dropped, sum.excluded), (256, 1, 0));
         // Gate and up of expert 0 share their three dead inputs.
-        assert_eq!((sum.rounded_experts, sum.dead_channels), (1, 3));
+        assert_eq!((sum.blended_experts, sum.rounded_experts, sum.dead_channels), (1, 0, 3));
     }
 
     fn mixed(budget: &str) -> Recipe {

@@ -30,7 +30,10 @@ pub struct Summary {
     pub dropped: usize,
     /// Bytes of them.
     pub bytes_dropped: u64,
-    /// Experts that are rounded to nearest because no token reached them.
+    /// Experts that are solved against their layer's tokens too because few reached them.
+    #[serde(default)]
+    pub blended_experts: usize,
+    /// Experts that are rounded to nearest because few tokens reached them.
     pub rounded_experts: usize,
     /// Input channels that no token excited, each counted once for all matrices that it enters.
     pub dead_channels: usize,
@@ -53,7 +56,7 @@ impl Plan {
     /// The plan in numbers.
     pub fn summary(&self, shape: &Shape) -> Summary {
         let mut sum = Summary { allocation: self.allocation.clone(), ..Summary::default() };
-        let (mut rounded, mut dead) = (BTreeSet::new(), BTreeMap::new());
+        let (mut blended, mut rounded, mut dead) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
         for tensor in &shape.tensors {
             match self.tensors.get(&tensor.name) {
                 Some(Action::Quantize(q)) => {
@@ -66,8 +69,12 @@ impl Plan {
                         *sum.widths.entry(tensor.role.kind().to_string()).or_default().entry(choice.to_string()).or_default() += 1;
                     }
                     let Role::Layer(layer, part) = tensor.role else { continue };
-                    if let (Solver::Rounded { .. }, Part::Expert(expert, _)) = (&q.solver, part) {
-                        rounded.insert((layer, expert));
+                    if let Part::Expert(expert, _) = part {
+                        match &q.solver {
+                            Solver::Planned => false,
+                            Solver::Blended { .. } => blended.insert((layer, expert)),
+                            Solver::Rounded { .. } => rounded.insert((layer, expert)),
+                        };
                     }
                     dead.insert((layer, part.site()), q.dead_channels);
                 }
@@ -82,7 +89,7 @@ impl Plan {
                 }
             }
         }
-        sum.rounded_experts = rounded.len();
+        (sum.blended_experts, sum.rounded_experts) = (blended.len(), rounded.len());
         sum.dead_channels = dead.values().sum();
         sum
     }

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use kernels::Group;
 
+use super::beside::{check_beside, check_pmq};
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
-use crate::allocate::pmq::{Presence, Scope};
-use crate::allocate::{Allocate, BUDGETS, Cost, Glob, Matrix, Packed, Runtime};
+use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
 use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
 use crate::quantize::{Grid, Quantizer, Refine, learned};
@@ -34,8 +34,8 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
         (None, None) => add("quantize", "nothing is asked for".into(), "name a quantizer, such as [quantize.gptq], and allocate.bits"),
         (Some(_), Some(_)) => {}
     }
-    if recipe.export.compressed_tensors.is_none() && recipe.export.dense.is_none() {
-        add("export", "no format is asked for".into(), "add [export.compressed_tensors] or [export.dense]");
+    if recipe.export.formats().is_empty() {
+        add("export", "no format is asked for".into(), "add [export.compressed_tensors], [export.native] or [export.dense]");
     }
     found.extend(check_methods(recipe, source));
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
@@ -168,21 +168,21 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
     if let Some(bits) = allocate.bits_per_weight.filter(|bits| !(bits.is_finite() && *bits > 0.0)) {
         add(".bits_per_weight", format!("{bits} bits a weight are no budget"), "ask for some, such as 3.0");
     }
-    let packed = if recipe.export.compressed_tensors.is_some() { Packed::Yes } else { Packed::No };
-    if allocate.file.is_some() && packed == Packed::No {
+    let packed = Packed { compressed_tensors: recipe.export.compressed_tensors.is_some(), native: recipe.export.native.is_some() };
+    if allocate.file.is_some() && !packed.compressed_tensors {
         add(
             ".file",
             "the files of the dense export are of one size whatever the widths".into(),
             "add [export.compressed_tensors], or ask for bits_per_weight",
         );
     }
-    match (allocate.runtime, packed) {
-        (None, Packed::Yes) => {
+    match allocate.runtime {
+        None if packed.compressed_tensors => {
             let message = "several widths, and no word about what is to load them: no two runtimes load the same mixtures".to_owned();
             add("", message, &format!("say allocate.runtime = one of {}", Runtime::MENU));
         }
-        (Some(runtime), packed) => runtime.refusal(packed).into_iter().for_each(|why| add(".runtime", why, "")),
-        (None, Packed::No) => {}
+        Some(runtime) => runtime.refusal(packed).into_iter().for_each(|why| add(".runtime", why, "")),
+        None => {}
     }
     if recipe.calibrate.is_none() {
         add("", "widths are shared out by what they cost on texts, and there is no [calibrate]".into(), "name texts with calibrate.corpus");
@@ -200,86 +200,12 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
         let key = format!(".choices.{i}");
         if !(choice.grid.fewest_bits()..=8).contains(&choice.bits) {
             add(&key, format!("{choice}: there is no such grid"), &format!("choose {} to 8 bits", choice.grid.fewest_bits()));
-        } else if packed == Packed::Yes && !matches!(choice.grid, Grid::Sym | Grid::Asym) {
+        } else if packed.compressed_tensors && !matches!(choice.grid, Grid::Sym | Grid::Asym) {
             add(&key, format!("{choice}: compressed-tensors does not hold it"), "use the grid sym or asym, or [export.dense] alone");
         }
         if options[..i].contains(choice) {
             add(&key, format!("{choice} stands there twice"), "");
         }
-    }
-    found
-}
-
-/// What is wrong with PMQ's knobs, and what its program cannot do.
-fn check_pmq(allocate: &Allocate, source: &Source) -> Vec<Problem> {
-    let mut found = Vec::new();
-    let mut add = |key: &str, message: &str, help: &str| {
-        found.push(source.problem(&format!("allocate.{key}"), message.to_owned(), Some(help.to_owned())));
-    };
-    if allocate.cost != Cost::Pmq {
-        if allocate.pmq.is_some() {
-            add("pmq", "these knobs are of the cost pmq, and another one is asked for", "say allocate.cost = \"pmq\", or leave them out");
-        }
-        return found;
-    }
-    let params = allocate.pmq.unwrap_or_default();
-    if params.batch == 0 {
-        add("pmq.batch", "a batch of no samples has no norm", "MC-MoE has 8");
-    }
-    if ![params.alpha, params.beta, params.gamma].iter().all(|x| x.is_finite() && *x >= 0.0) {
-        add("pmq", "an exponent is negative or no number", "MC-MoE's code has alpha 1, beta 1.5 and gamma 1");
-    }
-    if params.scope == Scope::Model && params.presence == Presence::Required && allocate.pmq.is_some() {
-        add("pmq.presence", "the presence rule is one a layer, and there is one program over all layers", "say presence = \"free\"");
-    }
-    if !matches!(allocate.runtime, None | Some(Runtime::Native | Runtime::Transformers4)) {
-        add("runtime", "pmq gives every expert a width of its own, and this runtime ties experts", "name native or transformers4");
-    }
-    if params.scope == Scope::Layer && !(allocate.devices.is_empty() && allocate.speed.is_none()) {
-        add("pmq.scope", "a program a layer has one budget", "say scope = \"model\", or leave devices and speed out");
-    }
-    let bits: Vec<u8> = allocate.options().iter().map(|choice| choice.bits).collect();
-    if params.scope == Scope::Layer && params.presence == Presence::Required && !(bits.contains(&2) && bits.contains(&3)) {
-        add("choices", "the presence rule wants a width of 2 and one of 3 bits", "say choices = [1, 2, 3], or pmq.presence = \"free\"");
-    }
-    if !allocate.fill.is_solved() {
-        add("fill", "pmq rounds every expert with a quantizer of its own, and nothing is estimated", "leave fill out");
-    }
-    found
-}
-
-/// What is wrong with budgets beside that of all bytes.
-fn check_beside(allocate: &Allocate, source: &Source) -> Vec<Problem> {
-    let mut found = Vec::new();
-    let mut add = |key: String, message: String, help: &str| found.push(source.problem(&key, message, Some(help.to_owned())));
-    for (i, device) in allocate.devices.iter().enumerate() {
-        let [first, last] = device.layers;
-        if first > last {
-            add(format!("allocate.devices.{i}.layers"), format!("layers {first} to {last} are none"), "write the first and the last layer");
-        }
-        if let Some(other) = allocate.devices[..i].iter().find(|other| other.layers[0] <= last && first <= other.layers[1]) {
-            let message = format!("layers {first} to {last} overlap {} to {}", other.layers[0], other.layers[1]);
-            add(format!("allocate.devices.{i}.layers"), message, "a layer lies on one device");
-        }
-    }
-    let Some(speed) = &allocate.speed else { return found };
-    if !(speed.seconds_per_token.is_finite() && speed.seconds_per_token > 0.0) {
-        let message = format!("{} seconds are no time", speed.seconds_per_token);
-        add("allocate.speed.seconds_per_token".to_owned(), message, "ask for some, such as 0.02");
-    }
-    for (i, kernel) in speed.kernels.iter().enumerate() {
-        let time = kernel.nanoseconds_per_million;
-        if !(time.is_finite() && time >= 0.0) {
-            add(format!("allocate.speed.kernels.{i}"), format!("{time} nanoseconds are no time"), "measure the kernel");
-        }
-        if speed.kernels[..i].iter().any(|other| other.bits == kernel.bits) {
-            add(format!("allocate.speed.kernels.{i}"), format!("{} bits stand there twice", kernel.bits), "leave one of them out");
-        }
-    }
-    let options = allocate.options();
-    if let Some(choice) = options.iter().find(|choice| speed.kernels.iter().all(|kernel| kernel.bits != choice.bits)) {
-        let message = format!("no kernel of {} bits is in the table, and allocate.choices has {choice}", choice.bits);
-        add("allocate.speed.kernels".to_owned(), message, "add one, or take the width out");
     }
     found
 }
@@ -328,6 +254,11 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
                     "calibrate.samples",
                     format!("calibrate.samples = {samples} cannot be shared out over {files} texts; ask for at least one each"),
                 );
+            }
+            let rule = calibrate.undercalibrated;
+            if !(rule.threshold().is_finite() && rule.threshold() >= 0.0) {
+                let share = rule.threshold();
+                add("calibrate.undercalibrated", format!("{share} tokens an input are no threshold; ask for 0 or more, such as 0.5"));
             }
             if calibrate.tokens < 2 {
                 add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
@@ -462,19 +393,20 @@ mod tests {
 
     #[test]
     fn every_problem_of_value_is_found_at_once() {
-        let text = "schema = 2\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\", \"no.txt\", \"c.md\"]\nsamples = 1\n[quantize.gptq]\n[allocate]\nbits = 9\nbytes = \"1GB\"\n[evaluate]\ntext = []\nmax_tokens = 3\n";
+        let text = "schema = 2\nout = \"o\"\n[calibrate]\ncorpus = [\"a.txt\", \"no.txt\", \"c.md\"]\nsamples = 1\nundercalibrated = { rtn = { tokens_per_input = -1 } }\n[quantize.gptq]\n[allocate]\nbits = 9\nbytes = \"1GB\"\n[evaluate]\ntext = []\nmax_tokens = 3\n";
         let said = said(text, None);
         let expected = [
             "r.toml:1:10: schema 2 is not known; this program reads schema 1",
             "r.toml:4:20: there is no text no.txt",
             "r.toml:4:30: c.md is neither a .txt nor a .jsonl file",
             "r.toml:5:11: calibrate.samples = 1 cannot be shared out over 3 texts; ask for at least one each",
-            "r.toml:7:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
-            "r.toml:8:8: 9 bits cannot be exported; choose 2 to 8",
-            "r.toml:11:8: evaluate.text names no text",
-            "r.toml:12:14: 3 tokens are less than one window of 512",
+            "r.toml:6:1: -1 tokens an input are no threshold; ask for 0 or more, such as 0.5",
+            "r.toml:8:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
+            "r.toml:9:8: 9 bits cannot be exported; choose 2 to 8",
+            "r.toml:12:8: evaluate.text names no text",
+            "r.toml:13:14: 3 tokens are less than one window of 512",
             "r.toml: there is no `model`; name it in the recipe or with --model DIR",
-            "r.toml: no format is asked for; add [export.compressed_tensors] or [export.dense]",
+            "r.toml: no format is asked for; add [export.compressed_tensors], [export.native] or [export.dense]",
         ];
         assert_eq!(said, expected);
     }
@@ -498,7 +430,9 @@ mod tests {
         assert_eq!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.dense]"), "");
         assert_eq!(said("bytes = \"1MB\"\nruntime = \"transformers4\"", "[export.compressed_tensors]"), "");
         assert!(said("bits_per_weight = 3", "[export.compressed_tensors]").contains("say allocate.runtime = one of transformers4"));
-        assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("no exporter yet"));
+        assert!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.compressed_tensors]").contains("add [export.native]"));
+        assert_eq!(said("bits_per_weight = 3\nruntime = \"native\"", "[export.native]"), "");
+        assert!(said("bits_per_weight = 3\nruntime = \"vllm\"", "[export.native]").contains("add [export.compressed_tensors]"));
         assert!(said("bits_per_weight = 3\nruntime = \"gguf\"", "[export.dense]").contains("no exporter yet"));
         assert!(said("file = \"1MB\"", "[export.dense]").contains("of one size whatever the widths"));
         assert!(

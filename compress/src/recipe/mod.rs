@@ -4,6 +4,7 @@
 //! [`check`](check::check) then finds every problem of value at once, against the model's shape. Paths in a recipe are relative to the
 //! recipe, those on the command line to the working directory.
 
+mod beside;
 mod check;
 mod invalid;
 mod load;
@@ -64,7 +65,8 @@ pub struct Recipe {
     /// The formats to write.
     #[serde(default)]
     pub export: Exports,
-    /// The texts that the result is judged by, before and after.
+    /// The texts that the result is judged by, before and after. Of several outputs the first is judged, the one at the top of `out`;
+    /// the report says which that is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<Evaluate>,
 }

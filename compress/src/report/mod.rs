@@ -5,6 +5,7 @@
 
 pub mod curve;
 mod render;
+mod stats;
 mod table;
 mod usage;
 
@@ -18,6 +19,7 @@ use crate::solved::Refit;
 use crate::{Error, Result};
 
 pub use render::{coverage, estimate, evaluation, markdown_report, plan, text_report};
+pub use stats::{DomainReport, LayerReport, StatsReport, read_stats, stats_csv, stats_svg, stats_text};
 pub use table::{bytes, count, markdown, memory, seconds, table};
 pub use usage::{Cost, Meter};
 
@@ -34,6 +36,9 @@ pub struct Report {
     pub bits_per_weight: Option<f64>,
     /// What was written.
     pub outputs: Vec<OutputRow>,
+    /// Which output was evaluated: the first. `moepress eval` judges the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluated: Option<String>,
     /// Routers that were fitted behind compressed layers, by layer.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub routers: BTreeMap<usize, Refit>,

@@ -23,6 +23,7 @@ pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> Stri
     let mut text = heading(report) + "\n\n";
     if let Some(scores) = &report.evaluation {
         text += &table(&score_rows(scores));
+        text += &judged(report);
         text.push('\n');
     }
     text += &table(&size_rows(report));
@@ -41,7 +42,7 @@ pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> Stri
 pub fn markdown_report(report: &Report) -> String {
     let mut text = format!("# {}\n\n", heading(report));
     if let Some(scores) = &report.evaluation {
-        text += &(markdown(&score_rows(scores)) + "\n");
+        text += &(markdown(&score_rows(scores)) + "\n" + &judged(report) + "\n");
     }
     text += &markdown(&size_rows(report));
     let shared_out = allocation(&report.plan, markdown);
@@ -50,6 +51,14 @@ pub fn markdown_report(report: &Report) -> String {
     }
     text += &routers(report);
     text + &format!("\n{}.\n", exceptions(&report.plan))
+}
+
+/// Which of the outputs the scores are of.
+fn judged(report: &Report) -> String {
+    match report.evaluated.as_deref() {
+        Some(format) if report.outputs.len() > 1 => format!("scores of the output {format}\n"),
+        _ => String::new(),
+    }
 }
 
 /// What became of routers that were fitted; empty where none was.
@@ -73,11 +82,12 @@ fn heading(report: &Report) -> String {
     format!("{} ({}, {} parameters, {} active): {bits}", model.name, model.family, count(model.parameters), count(model.active))
 }
 
-/// What was not done as asked: experts rounded to nearest, dead channels.
+/// What was not done as asked: experts blended or rounded for want of tokens, dead channels.
 fn exceptions(plan: &Summary) -> String {
     let plural = |n: usize, one: &str| if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") };
     format!(
-        "{} rounded to nearest for want of tokens, {} left as rounded",
+        "for want of tokens {} blended with the layer's and {} rounded to nearest, {} left as rounded",
+        plural(plan.blended_experts, "expert"),
         plural(plan.rounded_experts, "expert"),
         plural(plan.dead_channels, "dead input channel")
     )

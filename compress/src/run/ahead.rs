@@ -44,7 +44,8 @@ pub fn check_space(loaded: &Loaded, shape: &Shape) -> Result<Vec<Problem>> {
 fn needs(recipe: &Recipe, summary: &Summary, shape: &Shape) -> u64 {
     let packed = summary.bytes_after + summary.bytes_kept;
     let dense = summary.weights * 2 + summary.bytes_kept;
-    let outputs = [recipe.export.compressed_tensors.is_some().then_some(packed), recipe.export.dense.is_some().then_some(dense)];
+    let native = recipe.export.native.is_some().then_some(packed);
+    let outputs = [recipe.export.compressed_tensors.is_some().then_some(packed), native, recipe.export.dense.is_some().then_some(dense)];
     let hidden = shape.tensors.iter().find(|t| t.role == calib::arch::Role::Embedding).and_then(|t| t.shape.get(1)).copied().unwrap_or(0);
     // A snapshot is replaced by its successor, so two lie there for a moment.
     let states = recipe.calibrate.as_ref().map_or(0, |c| 2 * 4 * (c.samples * c.tokens * hidden) as u64);

@@ -82,7 +82,12 @@ pub fn pareto(loaded: &Loaded, range: &Range) -> Result<Sweep> {
 /// # Errors
 ///
 /// As [`pareto`]; a recipe without `[evaluate]`; [`Error::ShapeOnly`]; whatever a stage brings up.
-pub fn calibrate_curve(loaded: &Loaded, at: &[f64], device: Device, progress: &dyn Progress) -> Result<Vec<Compared>> {
+pub fn calibrate_curve(
+    loaded: &Loaded,
+    at: &[f64],
+    (device, memory): (Device, Option<u64>),
+    progress: &dyn Progress,
+) -> Result<Vec<Compared>> {
     budget(loaded)?;
     if loaded.recipe.evaluate.is_none() {
         let what = "a curve is measured on texts, and there is no [evaluate]; name some with evaluate.text".to_owned();
@@ -91,7 +96,7 @@ pub fn calibrate_curve(loaded: &Loaded, at: &[f64], device: Device, progress: &d
     let dir = folder(loaded);
     let (mut points, mut compared): (Vec<Point>, Vec<Compared>) = (Vec::new(), Vec::new());
     for &bits in at {
-        let (account, bits, divergence) = measure(loaded, bits, &dir, device, progress)?;
+        let (account, bits, divergence) = measure(loaded, bits, &dir, (device, memory), progress)?;
         compared.push(Compared { bits, predicted: account.loss, kl: divergence.kl, kl_se: divergence.kl_se });
         points.push(Point { asked: bits, bits, account });
     }
@@ -106,7 +111,7 @@ fn measure(
     loaded: &Loaded,
     bits: f64,
     dir: &Path,
-    device: Device,
+    (device, memory): (Device, Option<u64>),
     progress: &dyn Progress,
 ) -> Result<(Account, f64, calib::evaluate::Divergence)> {
     let out = dir.join("curve").join(format!("{bits:.4}"));
@@ -122,7 +127,7 @@ fn measure(
     for name in ["stats", "sensitivity.json", "token_weights", "calibrate.done"] {
         copy(&dir.join(name), &inner.join(name))?;
     }
-    run(&loaded, &Options { until: Stage::Evaluate, earlier: Earlier::Resume, device }, progress)?;
+    run(&loaded, &Options { until: Stage::Evaluate, earlier: Earlier::Resume, device, memory }, progress)?;
     let report = report::read(&inner.join("report.json"))?;
     let divergence = report.evaluation.and_then(|scores| scores.all.divergence);
     match (report.plan.allocation, report.bits_per_weight, divergence) {

@@ -8,13 +8,14 @@ mod curve;
 mod estimate;
 mod folder;
 mod identity;
+mod memory;
 mod stages;
 
 use std::path::{Path, PathBuf};
 
-use calib::Model;
 use calib::device::Device;
 use calib::progress::Progress;
+use calib::{Model, Weights};
 
 use crate::plan::Shape;
 use crate::recipe::{self, Loaded, Recipe};
@@ -27,6 +28,7 @@ pub use curve::{Compared, calibrate_curve, pareto, plan_for};
 pub use estimate::{Item, estimate};
 pub use folder::{Earlier, Folder, Stage};
 pub use identity::Identity;
+pub use memory::{Fit, fit};
 use stages::Work;
 
 /// How far to go, and how.
@@ -38,6 +40,8 @@ pub struct Options {
     pub earlier: Earlier,
     /// Where the model runs.
     pub device: Device,
+    /// Most bytes to hold.
+    pub memory: Option<u64>,
 }
 
 /// What a run came to.
@@ -88,7 +92,7 @@ pub fn prepare(loaded: &Loaded) -> Result<Prepared> {
 ///
 /// # Errors
 ///
-/// As [`prepare`] and [`Folder::open`]; [`Error::ShapeOnly`]; [`Error::ModelInside`]; whatever a stage brings up.
+/// As [`prepare`] and [`Folder::open`]; [`Error::ShapeOnly`]; [`Error::ModelInside`]; [`Error::Memory`]; whatever a stage brings up.
 pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Result<Finished> {
     let Prepared { model, shape } = prepare(loaded)?;
     let recipe = &loaded.recipe;
@@ -97,6 +101,9 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
         return Err(Error::ShapeOnly { dir: model.checkpoint().dir().to_owned() });
     }
     refuse_inside(model.checkpoint().dir(), &out)?;
+    if let Some(budget) = options.memory {
+        limit(&memory::fit(recipe, model.spec(), rayon::current_num_threads(), budget)?);
+    }
     let identity = Identity::of(recipe, &shape.fingerprint)?;
     let folder = Folder::open(&out, &identity, options.earlier)?;
     write_whole(&folder.path("recipe.toml"), resolved(recipe, folder.dir())?.as_bytes())?;
@@ -122,6 +129,15 @@ pub fn run(loaded: &Loaded, options: &Options, progress: &dyn Progress) -> Resul
         costs.extend(folder.done(stage)?.map(|cost| (stage, cost)));
     }
     Ok(Finished { ran: todo, costs, out })
+}
+
+/// Holds this process to what fits.
+fn limit(fit: &Fit) {
+    if let Some(tasks) = std::num::NonZeroUsize::new(fit.in_flight) {
+        calib::forward::limit_in_flight(tasks);
+    }
+    let peak = crate::report::memory(fit.peak);
+    tracing::info!("memory: {} batches or experts in flight; {} holds most, {peak}", fit.in_flight, fit.stage);
 }
 
 /// Progress with the stage's name before what it counts: `calibrate: layers`.

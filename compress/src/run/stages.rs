@@ -140,8 +140,11 @@ impl<'a> Work<'a> {
         let mixed = self.mixed();
         let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, self.shape)).unwrap_or_default();
         let survey = mixed.map(|(quantizer, allocate)| {
+            let what = (allocate.cost, allocate.fill, allocate.options());
             let solver = Solver { quantizer, refine: self.recipe.refine.as_ref() };
-            Survey::new(self.model, solver, &matrices, (allocate, allocate.options()), samples, self.folder.dir())
+            let rule = asked.undercalibrated;
+            let survey = Survey::new(self.model, solver, &matrices, what, (samples.total_tokens() as u64, rule), self.folder.dir());
+            survey.with_pmq(allocate.pmq.unwrap_or_default(), samples.tokens)
         });
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: self.model, fingerprint, samples, calibrate: asked, store: &store, watch, progress };
@@ -235,8 +238,9 @@ impl<'a> Work<'a> {
             fingerprint: self.shape.fingerprint.clone(),
             bytes: weight_bytes(dir)?,
         };
-        let report =
-            Report { schema: 1, model, bits_per_weight: plan.bits_per_weight(), plan, outputs, routers: self.routers()?, evaluation };
+        let evaluated = evaluation.is_some().then(|| outputs.first().map(|output| output.format.clone())).flatten();
+        let bits_per_weight = plan.bits_per_weight();
+        let report = Report { schema: 1, model, bits_per_weight, plan, outputs, evaluated, routers: self.routers()?, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())

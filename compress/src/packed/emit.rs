@@ -1,0 +1,85 @@
+//! Kernels for a native checkpoint: [`kernels::emit`] is asked, and its files are written whole.
+
+use std::path::{Path, PathBuf};
+
+use calib::Weights as _;
+use calib::arch::{Part, Projection, Role};
+use calib::checkpoint::Checkpoint;
+use kernels::emit::{FileSet, Layer, Model};
+
+use super::{ExpertRounding, Packed, is_packed};
+use crate::{Error, Result};
+
+/// The folder beside the weights.
+const FOLDER: &str = "kernels";
+
+/// What was emitted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Emitted {
+    /// Where.
+    pub dir: PathBuf,
+    /// How many files.
+    pub files: usize,
+    /// Widths that the kernels have, widest first.
+    pub widths: Vec<u8>,
+    /// Layers that they serve.
+    pub layers: usize,
+}
+
+/// Writes the kernels of the native checkpoint in `out`, or in its folder `native`, into the folder `kernels` beside its weights.
+///
+/// # Errors
+///
+/// [`Error::Packed`] if there is no native checkpoint, or the folder is there already; [`Error::Codes`] for what the kernels have no form for.
+pub fn emit(out: &Path) -> Result<Emitted> {
+    let beside = out.join("native");
+    let dir = if beside.join("config.json").is_file() { beside } else { out.to_owned() };
+    let refuse = |what: &str| Err(Error::Packed { dir: dir.clone(), what: what.to_owned() });
+    let to = dir.join(FOLDER);
+    if to.exists() {
+        return refuse("it has a folder `kernels`, and nothing is overwritten; remove that first");
+    }
+    let checkpoint = Checkpoint::open(&dir)?;
+    if !is_packed(checkpoint.config()) {
+        return refuse("there is nothing packed in it; kernels are emitted for what [export.native] writes");
+    }
+    let model = model(&Packed::new(checkpoint, ExpertRounding::None)?)?;
+    let files = kernels::emit::emit(&model)?;
+    write(&dir, &files)?;
+    Ok(Emitted { dir: to, files: files.len(), widths: model.widths(), layers: model.layers.len() })
+}
+
+/// What the kernels depend on.
+fn model(packed: &Packed) -> Result<Model> {
+    let (spec, mut layers, mut router) = (packed.spec(), Vec::new(), None);
+    for index in 0..spec.layers.len() {
+        let Some(moe) = spec.moe(index) else { continue };
+        let found = [Projection::Gate, Projection::Down].map(|projection| {
+            let name = packed.layout().name(Role::Layer(index, Part::Expert(0, projection)))?;
+            let arena = &packed.matrices.get(name)?.place.as_ref()?.arena;
+            Some((arena.clone(), packed.arenas.get(arena)?.clone()))
+        });
+        let [Some(gates), Some(down)] = found else { continue };
+        let most = router.get_or_insert((moe.experts, moe.top_k, moe.inner));
+        (most.0, most.1) = (most.0.max(moe.experts), most.1.max(moe.top_k));
+        layers.push(Layer { index, projections: [gates, down] });
+    }
+    let (experts, top_k, inner) = router.unwrap_or_default();
+    Ok(Model { family: spec.model_type.clone(), sizes: [spec.hidden, inner], experts, top_k, layers })
+}
+
+/// Writes the files under a temporary name, then gives the folder its own.
+fn write(dir: &Path, files: &FileSet) -> Result<()> {
+    let temporary = dir.join(format!("{FOLDER}.part"));
+    if temporary.exists() {
+        fs_err::remove_dir_all(&temporary)?;
+    }
+    for (path, bytes) in files {
+        let path = temporary.join(path);
+        if let Some(parent) = path.parent() {
+            fs_err::create_dir_all(parent)?;
+        }
+        fs_err::write(path, bytes)?;
+    }
+    Ok(fs_err::rename(temporary, dir.join(FOLDER))?)
+}

@@ -1,0 +1,212 @@
+//! Kernels written for one checkpoint: its shapes and widths in, a folder of files out. Pure: the same checkpoint gives the same bytes.
+//!
+//! The CUDA C++ stands in real files (`kernels/cuda`); what is emitted is a block of constants and those files in one translation unit
+//! without includes, which NVRTC compiles for every architecture from sm_80 on, g++ for the tests; beside it a C interface with a loader
+//! that needs `cc` alone, a Python package, and a manifest. Nothing is compiled here: `"compiled": []`, and the loader compiles `mq_moe.cu`
+//! at first use, or takes the cubins that `python/compile.py` makes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::json;
+
+use crate::layout::table::Arena;
+use crate::layout::{self, Packed, Rows};
+use crate::{Error, QuantizedMatrix, Result};
+
+const DEVICE: &str = include_str!("../../cuda/mq_device.cuh");
+const DEQUANT: &str = include_str!("../../cuda/mq_dequant.cuh");
+const MOE: &str = include_str!("../../cuda/mq_moe.cu");
+const HEADER: &str = include_str!("../../cuda/mq_moe.h");
+const LOADER: &str = include_str!("../../cuda/mq_loader.c");
+const PYTHON: &str = include_str!("../../python/__init__.py");
+const COMPILE: &str = include_str!("../../python/compile.py");
+const PYPROJECT: &str = include_str!("../../python/pyproject.toml");
+
+/// Version of the C interface.
+pub const ABI: u32 = 1;
+
+/// Files by path below the emitted folder.
+pub type FileSet = BTreeMap<String, Vec<u8>>;
+
+/// Two arenas of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layer {
+    /// Which decoder layer.
+    pub index: usize,
+    /// Name of the arena of gate and up in the checkpoint, without `.arena`, and its table; of down.
+    pub projections: [(String, Arena); 2],
+}
+
+/// What the kernels are written for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Model {
+    /// The family, for people.
+    pub family: String,
+    /// Hidden size and the width between an expert's matrices.
+    pub sizes: [usize; 2],
+    /// Routed experts a layer, as the router counts them.
+    pub experts: usize,
+    /// Experts a token.
+    pub top_k: usize,
+    /// Layers whose experts lie in arenas.
+    pub layers: Vec<Layer>,
+}
+
+impl Model {
+    /// Every width that occurs, widest first.
+    pub fn widths(&self) -> Vec<u8> {
+        let entries = self.layers.iter().flat_map(|layer| layer.projections.iter().flat_map(|(_, arena)| &arena.entries));
+        let widths: BTreeSet<u8> = entries.map(|entry| entry.form.bits).collect();
+        widths.into_iter().rev().collect()
+    }
+
+    fn check(&self) -> Result<()> {
+        let refuse = |what: String| Err(Error::Holds { target: "the emitted kernels", what });
+        let [hidden, inner] = self.sizes;
+        if self.layers.is_empty() {
+            return refuse("a checkpoint without arenas; export it with [export.native]".to_owned());
+        }
+        if let Some(side) = self.sizes.into_iter().find(|side| side % 2 != 0 || *side == 0) {
+            return refuse(format!("a side of {side}: activations are read two at a time"));
+        }
+        if self.experts > 1024 {
+            return refuse(format!("{} experts a layer; there is room for 1024", self.experts));
+        }
+        for layer in &self.layers {
+            for ((name, arena), (rows, shape)) in
+                layer.projections.iter().zip([(Rows::GateUp, [inner, hidden]), (Rows::Plain, [hidden, inner])])
+            {
+                if arena.shape != shape || arena.entries.iter().any(|entry| entry.form.rows != rows) {
+                    return refuse(format!("{name}: {:?} with {rows:?} rows, where {shape:?} is needed", arena.shape));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The constants, as C and CUDA read them.
+fn constants(model: &Model) -> String {
+    let [hidden, inner] = model.sizes;
+    let widths = model.widths();
+    let list = widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+    let each = widths.iter().map(|bits| format!("X({bits})")).collect::<Vec<_>>().join(" ");
+    format!(
+        "// Written for one checkpoint by `moepress emit`; write it anew instead of editing it.\n\
+         #define MQ_HIDDEN {hidden}\n#define MQ_INNER {inner}\n#define MQ_INNER_LD {}\n#define MQ_EXPERTS {}\n#define MQ_MAX_EXPERTS {}\n\
+         #define MQ_TOP_K {}\n#define MQ_WIDTHS(X) {each}\n#define MQ_WIDTH_LIST {list}\n#define MQ_BLOCKS(X) X(1) X(2) X(4)\n",
+        inner.next_multiple_of(8),
+        model.experts,
+        model.experts,
+        model.top_k,
+    )
+}
+
+/// The translation unit.
+pub fn source(model: &Model) -> String {
+    [constants(model).as_str(), DEVICE, DEQUANT, MOE].join("\n")
+}
+
+/// Everything that is written for a checkpoint.
+///
+/// # Errors
+///
+/// [`Error::Holds`] for what the kernels have no form for: no arenas, gate and up apart, an odd side.
+pub fn emit(model: &Model) -> Result<FileSet> {
+    model.check()?;
+    let constants = constants(model).replace("// Written", "/* Written").replace("editing it.\n", "editing it. */\n");
+    let mut files = FileSet::new();
+    let mut add = |path: &str, text: String| files.insert(path.to_owned(), text.into_bytes());
+    add("mq_moe.cu", source(model));
+    add("mq_constants.h", format!("#ifndef MQ_CONSTANTS_H\n#define MQ_CONSTANTS_H\n{constants}#endif\n"));
+    add("mq_moe.h", HEADER.to_owned());
+    add("mq_loader.c", LOADER.to_owned());
+    add("python/moepress_kernels/__init__.py", PYTHON.to_owned());
+    add("python/moepress_kernels/compile.py", COMPILE.to_owned());
+    add("python/pyproject.toml", PYPROJECT.to_owned());
+    let golden = golden(&model.widths())?;
+    let hashes: BTreeMap<&str, String> = files.iter().map(|(path, bytes)| (path.as_str(), fnv(bytes))).collect();
+    let manifest = manifest(model, &hashes, &fnv(&golden));
+    files.insert("tests/golden.json".to_owned(), golden);
+    files.insert("manifest.json".to_owned(), format!("{manifest:#}\n").into_bytes());
+    Ok(files)
+}
+
+fn manifest(model: &Model, files: &BTreeMap<&str, String>, golden: &str) -> serde_json::Value {
+    let histogram = |arena: &Arena| {
+        let mut found: BTreeMap<String, usize> = BTreeMap::new();
+        arena.entries.iter().for_each(|entry| *found.entry(entry.form.bits.to_string()).or_default() += 1);
+        found
+    };
+    let projection = |(name, arena): &(String, Arena)| json!({ "tensor": name, "bytes": arena.bytes, "widths": histogram(arena) });
+    let layers: Vec<_> = model
+        .layers
+        .iter()
+        .map(|layer| json!({ "layer": layer.index, "gate_up": projection(&layer.projections[0]), "down": projection(&layer.projections[1]) }))
+        .collect();
+    let entry_points: Vec<String> = ["bf16", "f16"]
+        .into_iter()
+        .flat_map(|t| {
+            let blocks = [1, 2, 4].into_iter().flat_map(move |n| [format!("mq_w13_{t}_{n}"), format!("mq_w2_{t}_{n}")]);
+            blocks.chain([format!("mq_dequant_{t}"), format!("mq_combine_{t}")])
+        })
+        .chain(["mq_route".to_owned()])
+        .collect();
+    json!({
+        "abi": ABI,
+        "layout": layout::NAME,
+        "family": model.family,
+        "hidden": model.sizes[0],
+        "inner": model.sizes[1],
+        "experts": model.experts,
+        "top_k": model.top_k,
+        "widths": model.widths(),
+        "threads": 128,
+        "tokens_per_item": { "1": 8, "2": 16, "4": 32 },
+        "entry_points": entry_points,
+        "compiled": [],
+        "layers": layers,
+        "fnv64": files,
+        "golden_fnv64": golden,
+        "tolerance": { "dequantized": "bit for bit", "layer_bf16": 5e-3 },
+    })
+}
+
+/// FNV-1a of a file: names what was emitted, and is no proof against malice.
+fn fnv(bytes: &[u8]) -> String {
+    format!("{:016x}", bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)))
+}
+
+/// A tile of each width with the sums of its weights over fixed activations: what the self-test of the Python package decodes anew. One
+/// code bit that changes moves a sum by at least one scale.
+fn golden(widths: &[u8]) -> Result<Vec<u8>> {
+    let mut cases = Vec::new();
+    for &bits in widths {
+        let codes = (0..16 * 128_usize).map(|i| ((i * 37 + i / 128 * 11 + i / 7) as u8) & (u8::MAX >> (8 - bits))).collect();
+        let zeros = crate::Zeros::Half;
+        let (group, scale_type) = (crate::Group::Size(32), crate::ScaleType::F32);
+        let scales = (0..64).map(|i| (i % 7 + 1) as f32 / 8.0).collect();
+        let matrix = QuantizedMatrix { outputs: 16, inputs: 128, bits, group, scale_type, codes, scales, zeros };
+        let packed = Packed::new(&matrix)?;
+        let weights = matrix.dequantize();
+        // Powers of two and sums of small integers: exact in any order.
+        let sums: Vec<f64> =
+            weights.rows().into_iter().map(|row| row.iter().enumerate().map(|(k, w)| f64::from(*w) * golden_input(k)).sum()).collect();
+        let arena = Arena::plan(&[(0, packed.form)], packed.shape)?;
+        let mut bytes = vec![0; arena.bytes];
+        arena.fill(&mut bytes, 0, &packed)?;
+        cases.push(json!({ "bits": bits, "shape": [16, 128], "table": hex(&arena.table()), "arena": hex(&bytes), "sums": sums }));
+    }
+    Ok(format!("{}\n", json!({ "layout": layout::NAME, "input": "(k % 13) - 6 + k / 128", "cases": cases })).into_bytes())
+}
+
+fn golden_input(k: usize) -> f64 {
+    (k % 13) as f64 - 6.0 + k as f64 / 128.0
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests;
