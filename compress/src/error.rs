@@ -254,6 +254,15 @@ pub enum Error {
         name: String,
     },
 
+    /// What a solver says of one matrix.
+    #[error("{name}: {source}")]
+    InMatrix {
+        /// The matrix.
+        name: String,
+        /// What is wrong.
+        source: Box<Self>,
+    },
+
     /// A plan that needs calibration samples, and none were given.
     #[error("the plan's quantizer solves against calibration tokens; give the samples that it was made with")]
     NoSamples,

@@ -122,6 +122,45 @@ impl JsonSchema for GroupKnob {
     }
 }
 
+/// The grid as a recipe writes it: one, or the best of those that the asked-for formats hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GridKnob {
+    /// Symmetric, nothing stored; from 2 bits.
+    #[default]
+    Sym,
+    /// Half-integer, nothing stored.
+    Half,
+    /// An integer zero a group; from 2 bits.
+    Asym,
+    /// A real zero a group; from 2 bits.
+    Offset,
+    /// Up to 3 bits each matrix gets the one of least loss out of those that every asked-for format holds, its bytes counted;
+    /// from 4 bits on `sym`.
+    Best,
+}
+
+impl GridKnob {
+    /// Fewest bits that it can have.
+    pub fn fewest_bits(self) -> u8 {
+        if matches!(self, Self::Half | Self::Best) { 1 } else { 2 }
+    }
+
+    /// The grids that it stands for at a number of bits, of those in `held`.
+    pub fn grids(self, bits: u8, held: &[Grid]) -> Vec<Grid> {
+        match self {
+            Self::Sym => vec![Grid::Sym],
+            Self::Half => vec![Grid::Half],
+            Self::Asym => vec![Grid::Asym],
+            Self::Offset => vec![Grid::Offset],
+            Self::Best if bits > 3 => vec![Grid::Sym],
+            // One bit has one grid, whoever holds it.
+            Self::Best if bits < 2 => vec![Grid::Half],
+            Self::Best => held.to_vec(),
+        }
+    }
+}
+
 /// One width that a matrix may get: bits alone, or bits with a group or a grid of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
@@ -143,18 +182,19 @@ pub struct OwnChoice {
     pub group: Option<GroupKnob>,
     /// Where zero lies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub grid: Option<Grid>,
+    pub grid: Option<GridKnob>,
 }
 
 impl ChoiceKnob {
-    /// The whole choice; one bit is the half-integer grid unless it says otherwise.
-    pub fn whole(self, group: Group, grid: Grid) -> Choice {
+    /// The whole choices, one a grid out of `held` that it stands for; one bit is the half-integer grid unless it says otherwise.
+    pub fn whole(self, group: Group, grid: GridKnob, held: &[Grid]) -> Vec<Choice> {
         let own = match self {
             Self::Bits(bits) => OwnChoice { bits, group: None, grid: None },
             Self::Own(own) => own,
         };
-        let common = if own.bits == 1 { Grid::Half } else { grid };
-        Choice { bits: own.bits, group: own.group.map_or(group, |g| g.0), grid: own.grid.unwrap_or(common) }
+        let common = if own.bits == 1 { GridKnob::Half } else { grid };
+        let choice = |grid| Choice { bits: own.bits, group: own.group.map_or(group, |g| g.0), grid };
+        own.grid.unwrap_or(common).grids(own.bits, held).into_iter().map(choice).collect()
     }
 }
 
@@ -344,10 +384,17 @@ mod tests {
             choices: Vec<ChoiceKnob>,
         }
         let doc: Doc = toml::from_str("choices = [1, { bits = 2, group = 32 }, 3, { bits = 4, grid = \"offset\" }]").unwrap();
-        let whole: Vec<Choice> = doc.choices.iter().map(|c| c.whole(Group::Size(128), Grid::Asym)).collect();
+        let whole: Vec<Choice> = doc.choices.iter().flat_map(|c| c.whole(Group::Size(128), GridKnob::Asym, &[])).collect();
         let choice = |bits, group, grid| Choice { bits, group: Group::Size(group), grid };
         let expected = [choice(1, 128, Grid::Half), choice(2, 32, Grid::Asym), choice(3, 128, Grid::Asym), choice(4, 128, Grid::Offset)];
         assert_eq!(whole, expected);
         assert_eq!(whole[1].to_string(), "2 bits asym, group 32");
+    }
+
+    #[test]
+    fn the_best_grid_is_one_of_those_that_are_held() {
+        let held = [Grid::Sym, Grid::Asym];
+        let grids = |bits| GridKnob::Best.grids(bits, &held);
+        assert_eq!((grids(1), grids(2), grids(3), grids(4)), (vec![Grid::Half], held.to_vec(), held.to_vec(), vec![Grid::Sym]));
     }
 }

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use constraints::{Constraints, GateUp, Matrix, Packed, Runtime};
 pub use decide::{Account, Decision, Undecided};
 pub use glob::Glob;
-pub use knobs::{Choice, ChoiceKnob, Cost, DeviceBytes, Fill, GroupKnob, Kernel, Limits, Size, Speed};
+pub use knobs::{Choice, ChoiceKnob, Cost, DeviceBytes, Fill, GridKnob, GroupKnob, Kernel, Limits, Size, Speed};
 
 use crate::quantize::Grid;
 
@@ -46,9 +46,12 @@ pub struct Allocate {
     /// Inputs that share a scale: a number that divides every quantized matrix's inputs, or "channel" for whole rows.
     #[serde(default)]
     pub group: GroupKnob,
-    /// Where zero lies between the codes: compressed-tensors holds `sym` and `asym`, the dense export all.
-    #[serde(default = "grid")]
-    pub grid: Grid,
+    /// Where zero lies between the codes: compressed-tensors holds `sym` and `asym`, the dense export all; or `best`.
+    #[serde(default)]
+    pub grid: GridKnob,
+    /// The grids that every asked-for format holds, which `best` chooses from; filled in when a recipe is read.
+    #[serde(skip)]
+    pub held: Held,
     /// What is to load the result, and so which matrices must share a width. Needed for a budget with an export of
     /// compressed-tensors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -77,6 +80,13 @@ pub struct Allocate {
     /// Time that a token may take in the kernels of the quantized matrices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed: Option<Speed>,
+    /// Bits of the embedding (8, 6 or 4), rounded to nearest in symmetric groups; it keeps the source's dtype unless they are named.
+    /// Where the head is tied to it, the head's too. The dense export alone holds it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub embedding: Option<u8>,
+    /// Bits of the head, in the same way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head: Option<u8>,
     /// Matrices that keep the source's dtype: globs over module or tensor names (`*` any run of characters, `?` one).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude: Vec<String>,
@@ -86,12 +96,18 @@ fn choices() -> Vec<ChoiceKnob> {
     [2, 3, 4, 5, 6, 8].map(ChoiceKnob::Bits).into()
 }
 
-fn grid() -> Grid {
-    Grid::Sym
-}
-
 fn is_false(flag: &bool) -> bool {
     !flag
+}
+
+/// Grids that every asked-for format holds: all of them until somebody says which.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held(pub Vec<Grid>);
+
+impl Default for Held {
+    fn default() -> Self {
+        Self(Grid::ALL.to_vec())
+    }
 }
 
 /// The four budgets, of which a recipe names exactly one.
@@ -104,17 +120,17 @@ impl Allocate {
         BUDGETS.into_iter().zip(set).filter_map(|(key, set)| set.then_some(key)).collect()
     }
 
-    /// Whether widths are shared out by a program.
+    /// Whether matrices differ in width or grid, so that a program chooses.
     pub fn is_mixed(&self) -> bool {
-        self.bits.is_none()
+        self.bits.is_none() || self.options().len() > 1
     }
 
-    /// The widths that a matrix may get: the one of `bits`, or `choices`.
+    /// The widths that a matrix may get: that of `bits`, once a grid, or `choices`.
     pub fn options(&self) -> Vec<Choice> {
-        let whole = |knob: &ChoiceKnob| knob.whole(self.group.0, self.grid);
+        let whole = |knob: &ChoiceKnob| knob.whole(self.group.0, self.grid, &self.held.0);
         match self.bits {
-            Some(bits) => vec![Choice { bits, group: self.group.0, grid: self.grid }],
-            None => self.choices.iter().map(whole).collect(),
+            Some(bits) => self.grid.grids(bits, &self.held.0).into_iter().map(|grid| Choice { bits, group: self.group.0, grid }).collect(),
+            None => self.choices.iter().flat_map(whole).collect(),
         }
     }
 

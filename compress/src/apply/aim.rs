@@ -180,6 +180,10 @@ impl<B: Backend> Tap<B> for Choices<'_, '_> {
         self.solver.map_or(Ok(()), |solver| Tap::<B>::done(solver, layer, site))
     }
 
+    fn entered(&self, layer: usize, x: &[Tensor<B, 2>], loads: &[u64]) -> calib::Result<()> {
+        self.solver.map_or(Ok(()), |solver| solver.entered(layer, x, loads))
+    }
+
     fn routing(&self, _: usize, routing: &Routing) -> calib::Result<()> {
         held(&self.seen).add(routing);
         Ok(())

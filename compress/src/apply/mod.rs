@@ -38,6 +38,7 @@ use calib::pass::{Stream, stream_layers};
 use calib::progress::Progress;
 use calib::{Model, Weights};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 pub use output::{contents_of, write};
 pub(crate) use tokens::boxed;
@@ -52,11 +53,13 @@ use crate::{Error, Result};
 use work::Job;
 
 /// What solving a model came to.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Outcome {
     /// Decoder layers.
     pub layers: usize,
     /// Layers that an earlier run had finished.
+    #[serde(skip)]
     pub resumed: usize,
     /// Matrices, by how their codes were chosen.
     pub matrices: BTreeMap<By, usize>,
@@ -66,6 +69,8 @@ pub struct Outcome {
     pub rounded: usize,
     /// Sum of `tr(ΔW · H · ΔWᵀ)` over the matrices that were solved against tokens.
     pub loss: f64,
+    /// Matrices whose second moment took more damping than was asked for, and how much, as a share of its mean diagonal.
+    pub damped: BTreeMap<String, f64>,
     /// Routers that were fitted, by layer.
     pub routers: BTreeMap<usize, Refit>,
 }
@@ -221,6 +226,11 @@ fn outcome(model: &Model, plan: &Plan, solved: &Solved, (layers, resumed): (&[Ve
             *outcome.matrices.entry(report.by).or_default() += 1;
             outcome.blended += usize::from(matches!(job.how.solver, Who::Blended { .. }));
             outcome.rounded += usize::from(matches!(job.how.solver, Who::Rounded { .. }));
+            if let (Some(account), Some(Quantizer::Gptq(params))) = (&report.solved, &plan.quantizer)
+                && account.damping > params.damping
+            {
+                outcome.damped.insert(job.name.to_owned(), account.damping);
+            }
             outcome.loss += report.solved.map_or(0.0, |account| account.loss.undamped);
         }
     }

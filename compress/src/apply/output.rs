@@ -4,16 +4,15 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use calib::Model;
 use calib::arch::Role;
 use calib::progress::Progress;
 use calib::tensor::{self, Dtype};
+use calib::{Model, Weights};
 use kernels::QuantizedMatrix;
 
 use super::work;
-use crate::export::{self, Contents, Exports, Form, Scheme, Source, Tensor, Written, Zero};
-use crate::plan::{Action, Plan, Quantize};
-use crate::quantize::Grid;
+use crate::export::{self, Contents, Exports, Form, Scheme, Source, Tensor, Written};
+use crate::plan::{Action, Plan, Quantize, zero_of};
 use crate::solved::{LayerRead, Solved};
 use crate::{Error, Result};
 
@@ -75,13 +74,7 @@ pub(super) fn rounded_as_kept(model: &Model, name: &str, values: &[f32]) -> Resu
 }
 
 fn scheme(how: &Quantize) -> Scheme {
-    let zero = match how.grid {
-        Grid::Sym => Zero::Symmetric,
-        Grid::Half => Zero::Half,
-        Grid::Asym => Zero::Integer,
-        Grid::Offset => Zero::Real,
-    };
-    Scheme { bits: how.bits, group: how.group, zero, scale: how.scale }
+    Scheme { bits: how.bits, group: how.group, zero: zero_of(how.grid), scale: how.scale }
 }
 
 /// What was solved, and what the model holds beside it.
@@ -140,7 +133,9 @@ impl Source for FromSolved<'_> {
         let (Some(Action::Quantize(how)), Some(role)) = (self.plan.tensors.get(name), self.model.layout().role(name)) else {
             return Err(Error::PlanMisfit { name: name.to_owned(), what: "it is not quantized" });
         };
-        let Role::Layer(layer, _) = role else { return Err(Error::PlanMisfit { name: name.to_owned(), what: "it stands in no layer" }) };
+        let layers = self.model.spec().layers.len();
+        let misfit = || Error::PlanMisfit { name: name.to_owned(), what: "it stands in no layer" };
+        let layer = work::file_of(role, layers).ok_or_else(misfit)?;
         let shape = self.model.checkpoint().info(name).map(|info| info.shape.clone()).unwrap_or_default();
         let shape = <[usize; 2]>::try_from(shape).map_err(|shape| Error::NotAMatrix { name: name.to_owned(), shape })?;
         self.layer(layer)?.matrix(name, shape, how)

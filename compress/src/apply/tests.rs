@@ -385,3 +385,35 @@ fn the_checks_find_what_was_tampered_with() {
     fs_err::write(&weights, &bytes[..bytes.len() - 1]).unwrap();
     says("model.safetensors");
 }
+
+#[test]
+fn the_embedding_and_the_head_are_rounded_where_the_plan_says_so() {
+    let reason = || Who::Rounded { reason: "asked for".into() };
+    for (name, tied) in [("qwen3_moe", false), ("qwen3_moe_tied", true)] {
+        let (model, out) = (fixture(name), tempfile::tempdir().unwrap());
+        let mut plan = rtn_plan(&model);
+        let ends: Vec<Role> = [Role::Embedding, Role::Head].into_iter().filter(|&role| model.layout().name(role).is_some()).collect();
+        assert_eq!(ends.len(), if tied { 1 } else { 2 });
+        for &role in &ends {
+            let how = Quantize { bits: 6, solver: reason(), ..four_bits() };
+            plan.tensors.insert(model.layout().name(role).unwrap().to_owned(), Action::Quantize(how));
+        }
+        let dir = out.path().join("moepress");
+        solve(&model, &plan, None, &dir, Device::Cpu, &Quiet).unwrap();
+        let said = write(&model, &plan, &dir, &both(), out.path(), &Quiet).unwrap_err().to_string();
+        assert!(said.contains("no loader of compressed-tensors is known to take a packed embedding or head"), "{said}");
+        let exports = Exports { dense: Some(Dense {}), ..Exports::default() };
+        write(&model, &plan, &dir, &exports, out.path(), &Quiet).unwrap();
+        let dense = Model::open(out.path()).unwrap();
+        for &role in &ends {
+            let width = Quantize { bits: 6, ..four_bits() }.width();
+            let exact = rtn::rtn(model.matrix(role).unwrap().view(), &width, &rtn::Params::default()).unwrap().dequantize();
+            assert_eq!(dense.matrix(role).unwrap(), exact.mapv(|x| half::bf16::from_f32(x).to_f32()), "{name}: {role:?}");
+        }
+        // Solved they cannot be: there are no second moments.
+        plan.tensors.insert(model.layout().name(Role::Embedding).unwrap().to_owned(), Action::Quantize(four_bits()));
+        let elsewhere = tempfile::tempdir().unwrap();
+        let said = solve(&model, &plan, None, elsewhere.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
+        assert!(said.contains("it has no second moments"), "{said}");
+    }
+}

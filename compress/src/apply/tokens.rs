@@ -75,7 +75,9 @@ impl<'a> Solver<'a> {
         let Some(Quantizer::Gptq(params)) = &plan.quantizer else { return Ok(None) };
         let mut by_site: BTreeMap<Site, Vec<&Job<'_>>> = BTreeMap::new();
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
-            by_site.entry(job.site).or_default().push(job);
+            if let Some(site) = job.site {
+                by_site.entry(site).or_default().push(job);
+            }
         }
         if by_site.is_empty() {
             return Ok(None);
@@ -153,13 +155,14 @@ impl<'a> Solver<'a> {
         // What is missing was summed over the expert's own tokens alone.
         let cross = self.cross(site, &moment).filter(|_| !jobs.iter().any(|job| blends(job)));
         let moment = moment.into_matrix();
-        let factor = factorize(moment.view(), &groups, self.params)?;
+        let first = jobs.first().map_or("", |job| job.name);
+        let factor = factorize(moment.view(), &groups, self.params).map_err(|source| named(first, source))?;
         for job in jobs {
             let mut w = self.model.matrix(job.role)?;
             if let Some((cross, alpha)) = &cross {
                 w = toward(w.view(), cross.view(), moment.view(), *alpha)?;
             }
-            let mut solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params)?;
+            let mut solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params).map_err(|source| named(job.name, source))?;
             let mut by = if solved.kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
             if let Some(params) = self.refine.and_then(Refine::descent) {
                 let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), &params)?;
@@ -176,6 +179,11 @@ impl<'a> Solver<'a> {
         }
         Ok(())
     }
+}
+
+/// Says of which matrix an error is.
+fn named(name: &str, source: Error) -> Error {
+    Error::InMatrix { name: name.to_owned(), source: Box::new(source) }
 }
 
 /// Whether a matrix is solved against its layer's tokens too.

@@ -13,8 +13,8 @@ pub struct Job<'a> {
     pub name: &'a str,
     /// Its role.
     pub role: Role,
-    /// Where its inputs come from.
-    pub site: Site,
+    /// Where its inputs come from; `None` for the embedding and the head.
+    pub site: Option<Site>,
     /// `[out, in]`.
     pub shape: [usize; 2],
     /// What the plan says.
@@ -30,7 +30,7 @@ impl Job<'_> {
 
     /// Whether it is a matrix of attention.
     pub fn is_attention(&self) -> bool {
-        matches!(self.site, Site::AttentionIn | Site::QueryB | Site::KvB | Site::AttentionOut)
+        matches!(self.site, Some(Site::AttentionIn | Site::QueryB | Site::KvB | Site::AttentionOut))
     }
 
     /// Weights.
@@ -61,13 +61,31 @@ pub fn by_layer<'a>(model: &Model, plan: &'a Plan) -> Result<Vec<Vec<Job<'a>>>> 
         let Action::Quantize(how) = action else { continue };
         let shape = &logical[at].1;
         let shape = <[usize; 2]>::try_from(shape.as_slice()).map_err(|_| Error::NotAMatrix { name: name.clone(), shape: shape.clone() })?;
-        let Some(role @ Role::Layer(layer, part)) = model.layout().role(name) else {
-            return Err(misfit(name, "the plan quantizes it, but it is no matrix of a decoder layer"));
+        let role = model.layout().role(name);
+        let (Some(role), Some(layer)) = (role, role.and_then(|role| file_of(role, layers.len()))) else {
+            return Err(misfit(name, "the plan quantizes it, but it is no matrix of a decoder layer, nor the embedding or the head"));
         };
-        let site = part.site().ok_or_else(|| misfit(name, "the plan quantizes it, but it is no Linear matrix of a decoder layer"))?;
+        let site = match role {
+            Role::Layer(_, part) => {
+                let stranger = || misfit(name, "the plan quantizes it, but it is no Linear matrix of a decoder layer");
+                Some(part.site().ok_or_else(stranger)?)
+            }
+            _ if how.solver == Solver::Planned => return Err(misfit(name, "the plan solves it, but it has no second moments")),
+            _ => None,
+        };
         layers[layer].push(Job { name, role, site, shape, how });
     }
     Ok(layers)
+}
+
+/// The layer whose file holds a matrix: its own, the first for the embedding, the last for the head.
+pub fn file_of(role: Role, layers: usize) -> Option<usize> {
+    match role {
+        Role::Layer(layer, _) => Some(layer),
+        Role::Embedding => Some(0),
+        Role::Head => layers.checked_sub(1),
+        _ => None,
+    }
 }
 
 fn misfit(name: &str, what: &'static str) -> Error {

@@ -24,9 +24,16 @@ use crate::{Error, Result};
 /// The version whose packing is written.
 pub const VERSION: &str = "0.18.0";
 
+/// Where zero may lie.
+const ZEROS: [Zero; 2] = [Zero::Symmetric, Zero::Integer];
+
 impl Format for CompressedTensors {
     fn name(&self) -> &'static str {
         "compressed_tensors"
+    }
+
+    fn zeros(&self) -> &'static [Zero] {
+        &ZEROS
     }
 
     fn refusals(&self, tensors: &[Tensor]) -> Vec<String> {
@@ -96,10 +103,15 @@ fn scale_dtype(scale: ScaleType) -> Dtype {
 /// Why the format cannot hold a matrix, if it cannot.
 pub(super) fn refusal(tensor: &Tensor, scheme: Scheme) -> Option<String> {
     let name = &tensor.name;
+    if matches!(tensor.kind(), Kind::Embedding | Kind::Head) {
+        return Some(format!(
+            "{name}: no loader of compressed-tensors is known to take a packed embedding or head; use [export.dense] alone"
+        ));
+    }
     if !name.ends_with(".weight") {
         return Some(format!("{name}: compressed-tensors packs only tensors named `.weight`; exclude it"));
     }
-    if matches!(scheme.zero, Zero::Half | Zero::Real) {
+    if !ZEROS.contains(&scheme.zero) {
         let kind = if scheme.zero == Zero::Half { "half-integer" } else { "real" };
         return Some(format!("{name}: compressed-tensors holds no {kind} zero points; use the grid `sym` or `asym`, or another export"));
     }

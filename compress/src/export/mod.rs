@@ -78,6 +78,12 @@ impl Exports {
         found.extend(self.dense.as_ref().map(|f| f as &dyn Format));
         found
     }
+
+    /// Where zero may lie in matrices that every format asked for holds.
+    pub fn zeros(&self) -> Vec<Zero> {
+        let formats = self.formats();
+        Zero::ALL.into_iter().filter(|zero| formats.iter().all(|format| format.zeros().contains(zero))).collect()
+    }
 }
 
 /// Where zero lies between the codes of a matrix.
@@ -91,6 +97,11 @@ pub enum Zero {
     Integer,
     /// A real number a group.
     Real,
+}
+
+impl Zero {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Symmetric, Self::Half, Self::Integer, Self::Real];
 }
 
 /// How a matrix is quantized, as far as formats care.
@@ -193,6 +204,11 @@ pub type Part = (String, Vec<u8>);
 pub trait Format: Sync {
     /// Its key in a recipe, and the folder of its output.
     fn name(&self) -> &'static str;
+
+    /// Where zero may lie in the matrices that it holds.
+    fn zeros(&self) -> &'static [Zero] {
+        &Zero::ALL
+    }
 
     /// Everything in these contents that the format cannot hold, by name; empty if it can hold all of it.
     fn refusals(&self, tensors: &[Tensor]) -> Vec<String>;

@@ -17,6 +17,7 @@ use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::{Account, Choice};
+use crate::export::Zero;
 use crate::objective::Objective;
 use crate::quantize::{self, Grid, Quantizer, Refine};
 use crate::recipe::Recipe;
@@ -145,11 +146,16 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
     let chosen = |tensor: &Tensor| widths.as_ref().is_some_and(|w| w.chosen.contains_key(&tensor.name));
     let layer = |tensor: &Tensor| tensor.quantizable().map(|(layer, ..)| layer);
     let touched: BTreeSet<usize> = shape.tensors.iter().filter(|t| chosen(t)).filter_map(layer).collect();
+    let ends = recipe.allocate.as_ref().map_or((None, None), |allocate| (allocate.embedding, allocate.head));
+    let group = recipe.allocate.as_ref().map_or(Group::PerChannel, |allocate| allocate.group.0);
+    let end = |tensor: &Tensor, bits: Option<u8>| bits.map_or(Action::Keep, |bits| Action::Quantize(rounded_end(bits, group, tensor)));
     let action = |tensor: &Tensor| match (tensor.role, widths.as_ref().and_then(|w| w.chosen.get(&tensor.name)), tensor.quantizable()) {
         (Role::Buffer, ..) => {
             Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
         }
         (_, Some(choice), Some(place)) => Action::Quantize(quantize(choice, tensor, place, solved)),
+        (Role::Embedding, ..) if ends.0.is_some() => end(tensor, ends.0),
+        (Role::Head, ..) if ends.1.is_some() => end(tensor, ends.1),
         (Role::Layer(layer, Part::Router), ..) if repair.router_repair.is_some() && touched.contains(&layer) => Action::Refit,
         _ => Action::Keep,
     };
@@ -221,6 +227,22 @@ fn quantize(choice: &Choice, tensor: &Tensor, (layer, part, inputs): (usize, Par
     let dead_channels = seen.filter(|_| solver == Solver::Planned).map_or(0, |(seen, _)| seen.dead);
     let Choice { bits, group, grid } = *choice;
     Quantize { bits, group, grid, scale: tensor.scale, solver, dead_channels }
+}
+
+/// The embedding or the head, rounded because the recipe says so.
+fn rounded_end(bits: u8, group: Group, tensor: &Tensor) -> Quantize {
+    let reason = "the recipe asks for it; nothing is solved outside the decoder layers".to_owned();
+    Quantize { bits, group, grid: Grid::Sym, scale: tensor.scale, solver: Solver::Rounded { reason }, dead_channels: 0 }
+}
+
+/// A grid in the words of formats.
+pub fn zero_of(grid: Grid) -> Zero {
+    match grid {
+        Grid::Sym => Zero::Symmetric,
+        Grid::Half => Zero::Half,
+        Grid::Asym => Zero::Integer,
+        Grid::Offset => Zero::Real,
+    }
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -359,6 +381,26 @@ mod tests {
         assert_eq!((dry.allocation.as_ref().unwrap().cost.as_str(), dry.summary(&shape()).bytes_after), ("assumed", 1920));
         let said = make(&mixed("bytes = \"1kB\""), &shape(), None).unwrap_err().to_string();
         assert!(said.contains("1000 bytes") && said.contains("take 1920"), "{said}");
+    }
+
+    #[test]
+    fn the_grid_of_least_loss_is_taken_and_its_bytes_are_counted() {
+        let text = "schema = 1\n[quantize.gptq]\n[allocate]\nbits = 2\ngrid = \"best\"\ngroup = 32\nexclude = ['d.*']\n";
+        let recipe: Recipe = toml::from_str(text).unwrap();
+        // sym, half, asym, offset
+        let losses = [("b.0.up.weight", [4.0, 3.0, 2.0, 2.5]), ("b.0.gate.weight", [4.0, 3.0, 5.0, 1.0]), ("b.1.up.weight", [0.0; 4])];
+        let losses = losses.map(|(name, losses)| (name.to_owned(), losses.map(Some).to_vec())).into();
+        let table = Table { choices: recipe.allocate.as_ref().unwrap().options(), losses, ..Table::default() };
+        let plan = make(&recipe, &shape(), Some(&Measured { table: Some(table), ..measured() })).unwrap();
+        let grid = |name: &str| match &plan.tensors[name] {
+            Action::Quantize(q) => (q.bits, q.grid),
+            _ => panic!("{name}"),
+        };
+        // Gate and up of an expert are free of one another where no runtime is named.
+        assert_eq!(grid("b.0.up.weight"), (2, Grid::Asym));
+        assert_eq!(grid("b.0.gate.weight"), (2, Grid::Offset));
+        // 32 rows of 64: 16 bytes of codes and 4 of scales each; asym 2 groups · 2 words more, offset 4 bytes a row more.
+        assert_eq!(plan.summary(&shape()).bytes_after, 3 * 640 + 16 + 128);
     }
 
     #[test]

@@ -150,7 +150,10 @@ fn budget(allocate: &Allocate, shape: &Shape, matrices: &[Matrix], choices: &[Ch
         (Some(bits), ..) => (bits * weights as f64 / 8.0).floor() as u64,
         (_, Some(bytes), _) => bytes.0,
         (.., Some(file)) => file.0.saturating_sub(beside(shape, matrices, choices, file.0)),
-        _ => u64::MAX,
+        // One width for all: the grid is free, whatever it takes.
+        _ => {
+            matrices.iter().map(|m| choices.iter().map(|c| c.width(m.scale).stored_bytes(m.shape[0], m.shape[1])).max().unwrap_or(0)).sum()
+        }
     }
 }
 

@@ -37,6 +37,9 @@ pub enum Grid {
 }
 
 impl Grid {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Sym, Self::Half, Self::Asym, Self::Offset];
+
     /// Bits below which the grid makes no sense.
     pub fn fewest_bits(self) -> u8 {
         if self == Self::Half { 1 } else { 2 }

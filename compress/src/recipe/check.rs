@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use calib::arch::Role;
 use kernels::Group;
 
 use super::beside::{check_beside, check_pmq};
@@ -156,6 +157,16 @@ fn check_widths(allocate: &Allocate, source: &Source) -> Vec<Problem> {
         let help = format!("choose {} to 8", allocate.grid.fewest_bits());
         found.push(source.problem("allocate.bits", format!("{bits} bits cannot be exported"), Some(help)));
     }
+    for (key, bits) in [("embedding", allocate.embedding), ("head", allocate.head)] {
+        if let Some(bits) = bits.filter(|bits| ![4, 6, 8].contains(bits)) {
+            let message = format!("{bits} bits for the {key} are not offered");
+            found.push(source.problem(
+                &format!("allocate.{key}"),
+                message,
+                Some("choose 8, 6 or 4, or leave it out for the source's dtype".into()),
+            ));
+        }
+    }
     found
 }
 
@@ -307,6 +318,7 @@ pub fn check(loaded: &Loaded, shape: &Shape) -> Vec<Problem> {
     let (Some(allocate), Some(_)) = (&loaded.recipe.allocate, &loaded.recipe.quantize) else { return Vec::new() };
     let mut found = Vec::new();
     let matrices: Vec<&Tensor> = shape.tensors.iter().filter(|t| t.quantizable().is_some()).collect();
+    found.extend(check_ends(allocate, shape, &loaded.source));
     let globs = allocate.globs();
     for (i, glob) in globs.iter().enumerate() {
         if !matrices.iter().any(|tensor| glob.matches(&tensor.name)) {
@@ -321,6 +333,24 @@ pub fn check(loaded: &Loaded, shape: &Shape) -> Vec<Problem> {
         found.extend(check_group(group, left.copied(), &loaded.source));
     }
     found
+}
+
+/// An embedding or a head that is not there, or whose rows the group does not divide.
+fn check_ends(allocate: &Allocate, shape: &Shape, source: &Source) -> Vec<Problem> {
+    let asked = [("embedding", Role::Embedding, allocate.embedding), ("head", Role::Head, allocate.head)];
+    let problem = |(key, role, _): (&str, Role, Option<u8>)| {
+        let key = format!("allocate.{key}");
+        let Some(tensor) = shape.tensors.iter().find(|tensor| tensor.role == role) else {
+            let message = "the head is tied to the embedding: there is none of its own".to_owned();
+            return Some(source.problem(&key, message, Some("use allocate.embedding, which is both".into())));
+        };
+        let inputs = tensor.shape.last().copied().unwrap_or(0);
+        let group = allocate.group.0.len(inputs);
+        let fits = group > 0 && inputs.is_multiple_of(group);
+        let message = || format!("group {group} does not divide the {inputs} columns of {}", tensor.name);
+        (!fits).then(|| source.problem(&key, message(), Some("choose another allocate.group, or leave it out".into())))
+    };
+    asked.into_iter().filter(|(.., bits)| bits.is_some()).filter_map(problem).collect()
 }
 
 fn unmatched(glob: &Glob, pattern: &str, i: usize, shape: &Shape, source: &Source) -> Problem {
@@ -440,6 +470,31 @@ mod tests {
                 .contains("1 bits half, group 128: compressed-tensors does not hold it")
         );
         assert!(said("bits_per_weight = 3\nchoices = [{ bits = 1, grid = \"sym\" }]", "[export.dense]").contains("there is no such grid"));
+    }
+
+    #[test]
+    fn the_best_grid_is_chosen_from_what_the_formats_hold() {
+        let grids = |export: &str, bits: u8| {
+            let text = GOOD.replace("bits = 4", &format!("bits = {bits}\ngrid = \"best\"")).replace("[export.dense]", export);
+            let allocate = loaded(&text).0.recipe.allocate.unwrap();
+            (allocate.is_mixed(), allocate.options().iter().map(|choice| choice.grid).collect::<Vec<_>>())
+        };
+        use crate::quantize::Grid::{Asym, Half, Offset, Sym};
+        assert_eq!(grids("[export.dense]", 2), (true, vec![Sym, Half, Asym, Offset]));
+        assert_eq!(grids("[export.compressed_tensors]\n[export.dense]", 3), (true, vec![Sym, Asym]));
+        assert_eq!(grids("[export.dense]", 4), (false, vec![Sym]));
+        assert_eq!(grids("[export.dense]", 1), (false, vec![Half]));
+    }
+
+    #[test]
+    fn ends_have_the_bits_that_are_offered_and_must_be_there() {
+        let with = |ends: &str, shape: &Shape| said(&GOOD.replace("bits = 4\n", &format!("bits = 4\n{ends}\n")), Some(shape)).join("\n");
+        assert!(with("head = 8\ngroup = 32", &shape()).is_empty());
+        assert!(with("head = 8", &shape()).contains("group 128 does not divide the 96 columns of lm_head.weight"));
+        assert!(with("embedding = 5", &shape()).contains("5 bits for the embedding are not offered; choose 8, 6 or 4"));
+        let mut tied = shape();
+        tied.tensors.retain(|tensor| tensor.role != Role::Head);
+        assert!(with("head = 4", &tied).contains("tied to the embedding"));
     }
 
     #[test]

@@ -18,10 +18,11 @@ use calib::sample::Calibrate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::allocate::Allocate;
+use crate::allocate::{Allocate, Held};
 use crate::export::Exports;
 use crate::objective::Objective;
-use crate::quantize::{Quantizer, Refine};
+use crate::plan::zero_of;
+use crate::quantize::{Grid, Quantizer, Refine};
 use crate::repair::Repair;
 
 pub use check::{check, check_values};
@@ -69,4 +70,14 @@ pub struct Recipe {
     /// the report says which that is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluate: Option<Evaluate>,
+}
+
+impl Recipe {
+    /// Tells the allocation which grids every asked-for format holds.
+    fn hold_to_formats(&mut self) {
+        let zeros = self.export.zeros();
+        if let Some(allocate) = &mut self.allocate {
+            allocate.held = Held(Grid::ALL.into_iter().filter(|&grid| zeros.contains(&zero_of(grid))).collect());
+        }
+    }
 }

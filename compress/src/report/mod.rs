@@ -9,13 +9,12 @@ mod stats;
 mod table;
 mod usage;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::apply::Outcome;
 use crate::plan::Summary;
-use crate::solved::Refit;
 use crate::{Error, Result};
 
 pub use render::{coverage, estimate, evaluation, markdown_report, plan, text_report};
@@ -39,9 +38,9 @@ pub struct Report {
     /// Which output was evaluated: the first. `moepress eval` judges the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evaluated: Option<String>,
-    /// Routers that were fitted behind compressed layers, by layer.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub routers: BTreeMap<usize, Refit>,
+    /// What solving came to.
+    #[serde(default)]
+    pub solved: Outcome,
     /// How it does on the recipe's texts, beside the original.
     pub evaluation: Option<calib::evaluate::Report>,
 }

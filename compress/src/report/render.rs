@@ -10,7 +10,7 @@ use super::{Cost, Report};
 use crate::allocate::decide::Spent;
 use crate::plan::Summary;
 use crate::run::{Item, Stage};
-use crate::solved::Refit;
+use crate::solved::{By, Refit};
 
 type Rows = Vec<Vec<String>>;
 
@@ -35,7 +35,7 @@ pub fn text_report(report: &Report, costs: &[(Stage, Cost)], out: &Path) -> Stri
         text += &format!("\n{}", table(&cost_rows(costs)));
     }
     text += &routers(report);
-    text + &format!("\n{}; the result lies in {}\n", exceptions(&report.plan), out.display())
+    text + &format!("\n{}{}; the result lies in {}\n", exceptions(&report.plan), surprises(report), out.display())
 }
 
 /// The same in Markdown, without what depends on the machine.
@@ -50,7 +50,24 @@ pub fn markdown_report(report: &Report) -> String {
         text += &format!("\n{shared_out}");
     }
     text += &routers(report);
-    text + &format!("\n{}.\n", exceptions(&report.plan))
+    text + &format!("\n{}{}.\n", exceptions(&report.plan), surprises(report))
+}
+
+/// What solving met with, where it met with anything: codes that GPTQ did not better, experts that lost their tokens, damping that grew.
+fn surprises(report: &Report) -> String {
+    let matrices = |n: usize| if n == 1 { "1 matrix".to_owned() } else { format!("{n} matrices") };
+    let mut said = String::new();
+    for (by, what) in
+        [(By::GptqKeptRtn, "kept as rounded because GPTQ lost more"), (By::RtnUnreached, "rounded because no token came any more")]
+    {
+        if let Some(&n) = report.solved.matrices.get(&by) {
+            said += &format!(", {} {what}", matrices(n));
+        }
+    }
+    if let Some((name, damping)) = report.solved.damped.first_key_value() {
+        said += &format!(", {} damped more than asked for ({name}: {damping})", matrices(report.solved.damped.len()));
+    }
+    said
 }
 
 /// Which of the outputs the scores are of.
@@ -63,16 +80,16 @@ fn judged(report: &Report) -> String {
 
 /// What became of routers that were fitted; empty where none was.
 fn routers(report: &Report) -> String {
-    if report.routers.is_empty() {
+    if report.solved.routers.is_empty() {
         return String::new();
     }
-    let count = report.routers.len() as f64;
-    let mean = |of: fn(&Refit) -> f64| 100.0 * report.routers.values().map(of).sum::<f64>() / count;
+    let count = report.solved.routers.len() as f64;
+    let mean = |of: fn(&Refit) -> f64| 100.0 * report.solved.routers.values().map(of).sum::<f64>() / count;
     let (before, after) = (mean(|r| r.overlap_before), mean(|r| r.overlap_after));
     format!(
         "\n{} routers were changed: behind compressed layers {before:.2}% of the original's choices of experts were made before, {after:.2}% \
          after.\n",
-        report.routers.len()
+        report.solved.routers.len()
     )
 }
 

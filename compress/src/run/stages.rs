@@ -1,7 +1,6 @@
 //! The five stages of one run.
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use calib::corpus::{Corpus, Tokenizer};
@@ -22,7 +21,6 @@ use crate::plan::{self, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
 use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
-use crate::solved::Refit;
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result, apply};
@@ -176,12 +174,9 @@ impl<'a> Work<'a> {
         write_whole(&self.folder.path("plan.json"), text.as_bytes())
     }
 
-    /// The routers that were fitted, by layer.
-    fn routers(&self) -> Result<BTreeMap<usize, Refit>> {
-        let path = self.folder.path("routers.json");
-        if !path.is_file() {
-            return Ok(BTreeMap::new());
-        }
+    /// What solving came to.
+    fn outcome(&self) -> Result<apply::Outcome> {
+        let path = self.folder.path("outcome.json");
         serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path, source })
     }
 
@@ -193,11 +188,8 @@ impl<'a> Work<'a> {
         let plan = self.read_plan()?;
         let samples = self.samples(progress)?.map(|samples| samples.ids.as_slice());
         let outcome = apply::solve(self.model, &plan, samples, self.folder.dir(), self.device, progress)?;
-        if outcome.routers.is_empty() {
-            return Ok(());
-        }
-        let text = serde_json::to_string_pretty(&outcome.routers).map_err(std::io::Error::from)? + "\n";
-        write_whole(&self.folder.path("routers.json"), text.as_bytes())
+        let text = serde_json::to_string_pretty(&outcome).map_err(std::io::Error::from)? + "\n";
+        write_whole(&self.folder.path("outcome.json"), text.as_bytes())
     }
 
     fn export(&self, progress: &dyn Progress) -> Result<()> {
@@ -240,7 +232,7 @@ impl<'a> Work<'a> {
         };
         let evaluated = evaluation.is_some().then(|| outputs.first().map(|output| output.format.clone())).flatten();
         let bits_per_weight = plan.bits_per_weight();
-        let report = Report { schema: 1, model, bits_per_weight, plan, outputs, evaluated, routers: self.routers()?, evaluation };
+        let report = Report { schema: 1, model, bits_per_weight, plan, outputs, evaluated, solved: self.outcome()?, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())
