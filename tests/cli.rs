@@ -32,7 +32,7 @@ bits = 4
 #[test]
 fn help_pages() {
     let place = Place::new();
-    for command in ["inspect", "check", "run", "calibrate", "plan", "apply", "eval", "emit", "schema", "completions"] {
+    for command in ["inspect", "check", "run", "calibrate", "plan", "apply", "eval", "imatrix", "emit", "schema", "completions"] {
         snapshot!(format!("help-{command}"), place.said(&[command, "--help"]));
     }
     snapshot!("help-stats-merge", place.said(&["stats", "merge", "--help"]));
@@ -306,6 +306,43 @@ fn another_recipe_model_or_text_is_another_run() {
     snapshot!("differs", said);
     assert!(with(&["--force"]).ends_with("--- exit 0\n"));
     assert!(with(&[]).contains("nothing to do"));
+}
+
+#[test]
+fn a_model_writes_its_own_calibration_text() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("gptq"));
+    let sampler = "calibrate.sampler.ebss={branches=2, at_once=3}";
+    let args = ["calibrate", "r.toml", "--quiet", "--set", "calibrate.corpus=[]", "--set", sampler, "--set", "calibrate.tokens=24"];
+    let first = place.done(&args);
+    assert!(first.contains("sampler ebss, seed 0: 8 samples of 192 tokens") && first.contains("balance σ"), "{first}");
+    let json: serde_json::Value = serde_json::from_str(&place.done(&[&args[..], &["--json"]].concat())).unwrap();
+    let drawn = &json["manifest"]["parts"][0]["drawn"];
+    // 4 tokens run for one branch and 19 for two, of each of 8 texts.
+    assert_eq!((drawn["tokens_run"].as_u64(), drawn["writing"]["texts"].as_u64()), (Some(8 * (4 + 2 * 19)), Some(8)), "{json}");
+    assert!(json["balance"]["sigma"].as_f64().is_some_and(|sigma| sigma > 0.0), "{json}");
+    let refused = place.said(&["check", "r.toml", "--set", sampler]);
+    assert!(refused.contains("lets the model write its texts and reads none"), "{refused}");
+}
+
+#[test]
+fn an_importance_matrix_is_written_and_read_back() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("gptq"));
+    place.done(&["calibrate", "r.toml", "--quiet"]);
+    let written = place.done(&["imatrix", "out", "--out", "i.gguf", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&written).unwrap();
+    assert_eq!((json["chunks"].as_u64(), json["chunk_tokens"].as_u64()), (Some(8), Some(64)), "{json}");
+    let entries = json["entries"].as_array().unwrap();
+    assert_eq!(entries.len(), 4 * 7);
+    let down = entries.iter().find(|entry| entry["tensor"] == "blk.3.ffn_down_exps.weight").unwrap();
+    let counts: Vec<f64> = down["counts"].as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).collect();
+    assert_eq!((down["inputs"].as_u64(), counts.len(), counts.iter().sum::<f64>()), (Some(256), 8, 2.0 * 512.0));
+    assert_eq!(place.done(&["imatrix", "i.gguf", "--json"]), written);
+    let shown = place.done(&["imatrix", "i.gguf"]);
+    assert!(shown.contains("8 chunks of 64 tokens of code, en") && shown.contains("blk.0.attn_q.weight"), "{shown}");
+    let refused = place.said(&["imatrix", "r.toml"]);
+    assert!(refused.contains("neither GGUF nor a legacy importance matrix") && refused.ends_with("--- exit 1\n"), "{refused}");
 }
 
 #[test]

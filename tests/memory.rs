@@ -116,6 +116,7 @@ fn rounding_and_exporting_hold_a_few_matrices() {
         refine: None,
         repair: Default::default(),
         allocation: None,
+        experts: calib::sample::Through::Routed,
         tensors: model.layout().roles().map(|(role, name)| (name.to_owned(), action(role))).collect(),
     };
     let exports = Exports { compressed_tensors: Some(CompressedTensors {}), dense: Some(Dense {}), ..Exports::default() };

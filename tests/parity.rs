@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use burn::tensor::Tensor;
 use calib::device::Cpu;
-use calib::forward::{Experts, Generator, Head, Options, Routing, Tap, decoder_layer, embed, rows};
+use calib::forward::{Experts, Generator, Head, NoTap, Options, Routing, Tap, decoder_layer, embed, rows};
 use calib::{Model, Result, Weights};
 use safetensors::SafeTensors;
 
@@ -233,7 +233,7 @@ fn logits_with_the_cache_are_those_of_a_full_pass() {
         let mut done = 0;
         for end in first..=tokens {
             let new: Vec<_> = ids.iter().map(|row| row[done..end].to_vec()).collect();
-            let stepped = values(generator.step(&new, &mut cache).unwrap());
+            let stepped = values(generator.step(&new, &mut cache, &NoTap).unwrap());
             let at = |sample: usize| (sample * tokens + end - 1) * vocab;
             let whole: Vec<_> = (0..samples).flat_map(|sample| full[at(sample)..at(sample) + vocab].to_vec()).collect();
             let far = distance(&stepped, &whole);

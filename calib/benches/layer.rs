@@ -5,7 +5,11 @@
 //! 2048 tokens and prints its peak of anonymous memory beside the formula.
 //!
 //! Counted are the flops that the mathematics needs, 2 a multiply-add: projections, half of the scores (they are causal), router and
-//! chosen experts; `n·d²` for one triangle of a second moment of `n` rows.
+//! chosen experts; `n·d²` for one triangle of a second moment of `n` rows. Rates a CPU-second hold on a busy machine too, as far as caches
+//! are not shared.
+//!
+//! 2026-11-25, two busy x86-64 cores (load 40), 4 samples, a CPU-second: product 116 GFLOP/s; second moments 72% of it (512 rows of 2048),
+//! 104% (512 of 768), 73% (2048 of 4096), weighted 67% at worst; forward 49% (68% by the clock).
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, reason = "a bench reports on the terminal")]
 
 use std::hint::black_box;
@@ -226,7 +230,7 @@ fn measured(samples: usize) {
     let model = Random::new();
     let dir = tempfile::tempdir().unwrap();
     let ids = (0..samples).map(|s| (0..TOKENS).map(|t| ((s * 31 + t * t * 7 + t) % VOCAB) as u32).collect()).collect();
-    let samples = Samples { domains: vec!["noise".to_owned()], tokens: TOKENS, ids, domain: vec![0; samples] };
+    let samples = Samples { domains: vec!["noise".to_owned()], tokens: TOKENS, ids, domain: vec![0; samples], ..Default::default() };
     let calibrate = Calibrate::over(vec![]);
     let store = Store::new(dir.path());
     let pass = Pass {

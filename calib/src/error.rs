@@ -139,7 +139,7 @@ pub enum Error {
     },
 
     /// No text at all was named.
-    #[error("the corpus is empty: name at least one .txt or .jsonl file")]
+    #[error("the corpus is empty: name at least one .txt, .jsonl or .parquet file")]
     EmptyCorpus,
 
     /// A text of no token.
@@ -150,7 +150,7 @@ pub enum Error {
     },
 
     /// A file whose name does not say how to read it.
-    #[error("{}: a text is a .txt or a .jsonl file", path.display())]
+    #[error("{}: a text is a .txt, .jsonl or .parquet file", path.display())]
     TextFormat {
         /// The file.
         path: PathBuf,
@@ -176,8 +176,8 @@ pub enum Error {
         source: serde_json::Error,
     },
 
-    /// A line of a .jsonl file without the fields that make a document.
-    #[error("{}, line {line}: a document has `text`, or `prompt` and `completion`, as strings", path.display())]
+    /// A line of a .jsonl file, or a row of a .parquet, without the fields that make a document.
+    #[error("{}, line {line}: a document has `text`, or `prompt` and `completion`, as strings, or `messages`, a list of objects", path.display())]
     JsonFields {
         /// The file.
         path: PathBuf,
@@ -185,8 +185,58 @@ pub enum Error {
         line: usize,
     },
 
+    /// What is wrong with one line of a file, or with what it needs.
+    #[error("{}, line {line}: {source}", path.display())]
+    AtLine {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong.
+        source: Box<Error>,
+    },
+
+    /// A conversation, and no template to make a text of it.
+    #[error(
+        "{}: there is no chat template, and `messages` need one; put the model's chat_template.jinja there, or set chat_template in \
+         tokenizer_config.json (a text, or a list with one named `default`)",
+        dir.display()
+    )]
+    NoChatTemplate {
+        /// The checkpoint's directory.
+        dir: PathBuf,
+    },
+
+    /// A chat template that does not compile, or that refuses a conversation.
+    #[error("{}: the chat template says: {message}", path.display())]
+    ChatTemplate {
+        /// The template's file.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+
+    /// A .parquet file in a build that does not read them.
+    #[error("{}: this build does not read .parquet; build with `cargo build --release --features parquet`, or write the text as .jsonl", path.display())]
+    NoParquet {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A .parquet file that does not read.
+    #[error("{}: {message}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What the reader said.
+        message: String,
+    },
+
     /// Two texts would be one domain.
-    #[error("{} and {} are both the domain `{domain}`; a text is named by its file stem, so rename one", first.display(), second.display())]
+    #[error(
+        "{} and {} are both the domain `{domain}`; give one another name, such as {{ path = \"{}\", name = \"{domain}2\" }}",
+        first.display(), second.display(), second.display()
+    )]
     SameDomain {
         /// The name.
         domain: String,
@@ -213,6 +263,32 @@ pub enum Error {
         asked: usize,
         /// Tokens a window.
         window: usize,
+    },
+
+    /// A text with fewer documents than samples are asked for.
+    #[error(
+        "{}: {asked} samples of a document each asked for, but its first four fifths has {documents} documents of two or more tokens; \
+         ask for fewer, or pack documents (calibrate.pack = true)",
+        path.display()
+    )]
+    TooFewDocuments {
+        /// The file.
+        path: PathBuf,
+        /// Documents there are.
+        documents: usize,
+        /// Documents asked for.
+        asked: usize,
+    },
+
+    /// A text that no sample falls to.
+    #[error("{domain}: with weight {weight} none of the {samples} samples falls to it; raise its weight or the samples, or leave it out")]
+    NoShare {
+        /// The domain.
+        domain: String,
+        /// Its weight.
+        weight: f64,
+        /// Samples over all texts.
+        samples: usize,
     },
 
     /// A number of samples, tokens or a context that makes no windows.

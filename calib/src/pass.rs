@@ -15,6 +15,7 @@ mod measure;
 mod peak;
 mod snapshot;
 mod watch;
+mod write;
 
 use std::collections::BTreeMap;
 
@@ -127,10 +128,12 @@ pub fn run(pass: &Pass<'_>, device: Device) -> Result<Manifest> {
 
 impl Pass<'_> {
     fn manifest(&self) -> Manifest {
-        let Calibrate { seed, traces, similarity_tokens, .. } = *self.calibrate;
+        let Calibrate { seed, traces, similarity_tokens, experts, .. } = *self.calibrate;
         let sampler = self.calibrate.sampler.name().to_owned();
         let (samples, tokens) = (self.samples.ids.len(), self.samples.tokens);
-        let part = Part { corpus: self.samples.hash(), sampler, seed, samples, tokens, similarity_tokens, traces };
+        let (tokens_run, drawn) = (self.samples.total_tokens(), self.samples.drawn.clone());
+        let part =
+            Part { corpus: self.samples.hash(), sampler, seed, samples, tokens, tokens_run, drawn, experts, similarity_tokens, traces };
         Manifest {
             schema: SCHEMA,
             model: self.fingerprint.to_owned(),
@@ -141,8 +144,8 @@ impl Pass<'_> {
     }
 
     fn snapshots(&self) -> Snapshots {
-        let Calibrate { traces, similarity_tokens, .. } = *self.calibrate;
-        let settings = format!("traces {traces}, similarity_tokens {similarity_tokens}");
+        let Calibrate { traces, similarity_tokens, experts, .. } = *self.calibrate;
+        let settings = format!("traces {traces}, similarity_tokens {similarity_tokens}, experts {experts:?}");
         let key = [(MODEL, self.fingerprint.to_owned()), (SAMPLES, self.samples.hash()), (SETTINGS, settings)];
         let key: BTreeMap<_, _> = key.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
         Snapshots::new(self.store.dir().join("hidden.safetensors"), key)
@@ -175,7 +178,8 @@ impl Pass<'_> {
         let subset = alike::subset(self.samples.total_tokens(), self.calibrate.similarity_tokens);
         let stats = LayerStats::new(spec, layer, self.samples.domains.len());
         let measure = Measure::new(stats, self.samples, before.as_ref(), subset);
-        decoder_layer(self.weights, layer, hidden, &Watched { tap: &measure, watch: self.watch }, Options::of::<B>())?;
+        let watched = Watched { tap: &measure, watch: self.watch, through: self.calibrate.experts };
+        decoder_layer(self.weights, layer, hidden, &watched, Options::of::<B>())?;
         self.watch.map_or(Ok(()), |watch| watch.layer_done(layer))?;
         let mut measured = measure.finish();
         if let (Some(experts), Some(moe), true) = (&mut measured.stats.experts, spec.moe(layer), self.calibrate.similarity_tokens > 0) {
@@ -235,12 +239,13 @@ mod tests {
     use crate::forward::testing::{grouped_spec, hidden, latent_spec, random, samples};
     use crate::forward::{NoTap, Routed, Tap, values};
     use crate::progress::Quiet;
+    use crate::sample::{Drawn, Through};
     use crate::stats::cosine;
 
     /// Five samples of 700 tokens in three batches, two domains.
     fn corpus() -> Samples {
         let ids = samples(&[700; 5], 32);
-        Samples { domains: vec!["en".into(), "code".into()], tokens: 700, ids, domain: vec![0, 1, 0, 1, 0] }
+        Samples { domains: vec!["en".into(), "code".into()], tokens: 700, ids, domain: vec![0, 1, 0, 1, 0], drawn: Drawn::default() }
     }
 
     fn calibrate() -> Calibrate {
@@ -288,6 +293,33 @@ mod tests {
         assert_eq!(router.pairs.sum(), 4 * 3500, "two by two a token");
         assert!(router.transitions.is_none(), "the layer before has no experts");
         assert!((stats.gates[&Site::SharedDown].weight - 3500.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn all_experts_see_all_tokens_and_routing_stays_the_real_one() {
+        let table = random(latent_spec(), 5);
+        let (corpus, routed, all) = (corpus(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        measure(&table, &corpus, &Store::new(routed.path())).unwrap();
+        let every = Calibrate { experts: Through::All, ..calibrate() };
+        let store = Store::new(all.path());
+        let (samples, progress) = (&corpus, &Quiet);
+        let pass = Pass { weights: &table, fingerprint: "model", samples, calibrate: &every, store: &store, watch: None, progress };
+        run(&pass, Device::Cpu).unwrap();
+        let (real, all) = (Store::new(routed.path()).get(1).unwrap(), store.get(1).unwrap());
+        assert_eq!(real.experts, all.experts, "what the router does and the experts give");
+        let block_in = real.channels[&Site::SharedIn].squares.clone();
+        for expert in 0..6 {
+            let [enter, down] = [Site::ExpertIn(expert), Site::ExpertDown(expert)];
+            assert_eq!((all.channels[&enter].tokens, all.channels[&down].tokens), (3500, 3500));
+            let error = all.channels[&enter].squares.iter().zip(&block_in).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max);
+            assert!(error < 1e-5, "the whole block's input: {error}");
+            assert!(all.channels[&down].squares.iter().zip(&real.channels[&down].squares).all(|(a, b)| a > b));
+            // Weighted sums have a routing weight of 0 for the others.
+            let pairs = all.channels[&down].weighted.iter().zip(&real.channels[&down].weighted);
+            assert!(pairs.chain(all.gates[&down].gate.iter().zip(&real.gates[&down].gate)).all(|(a, b)| (a / b - 1.0).abs() < 1e-5));
+        }
+        let again = Pass { calibrate: &calibrate(), ..pass };
+        assert!(run(&again, Device::Cpu).unwrap_err().to_string().contains("other calibration settings"));
     }
 
     type Weighted = (f32, Vec<f32>);

@@ -350,6 +350,15 @@ pub enum Error {
         differences: Vec<String>,
     },
 
+    /// An importance matrix, or statistics to make one of, that does not read.
+    #[error("{}: {what}", path.display())]
+    Imatrix {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+
     /// A checkpoint without data where data are needed.
     #[error("{} is a shape-only checkpoint: its tensors have no data; only inspect, check and plan take it", dir.display())]
     ShapeOnly {

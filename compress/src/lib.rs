@@ -11,6 +11,7 @@ pub mod cli;
 pub mod dump;
 mod error;
 pub mod export;
+pub mod imatrix;
 pub mod objective;
 pub mod packed;
 pub mod plan;

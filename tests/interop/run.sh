@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Other people's code on our output: compresses the bundled model by the quick start's recipe, then lets transformers 5.17.0 and
-# 4.57.3 load what was exported and compares logits with `moepress eval`.
+# 4.57.3 load what was exported and compares logits with `moepress eval`. llama.cpp's tools take the importance matrix that
+# `moepress imatrix` writes (with WITH_LLAMACPP=yes).
 #
 #     tests/interop/run.sh [PYTEST ARGUMENTS]
 #
-# Makes its Python environments below target/interop, from PyPI alone (1.5 GB; about three minutes the first time). Wants Python
-# 3.11 or later with venv (`PYTHON` names another than python3), a C compiler, and cargo.
+# Makes its Python environments below target/interop, from PyPI alone (1.5 GB; about three minutes the first time), and builds two of
+# llama.cpp's tools there out of the source inside llama-cpp-python. Wants Python 3.11 or later with venv (`PYTHON` names another than
+# python3), a C and a C++ compiler, and cargo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -39,8 +41,29 @@ older() {
     "$1/bin/pip" install -q --no-deps --ignore-installed -r tests/interop/requirements-transformers4.txt
 }
 
+# Two tools of llama.cpp, hardly optimized: they work on 4 million weights, and the compiler is most of the time.
+llamacpp() {
+    mkdir -p "$1"
+    "$python" -m venv "$1/venv"
+    "$1/venv/bin/pip" install -q --no-deps cmake==4.4.5 ninja==1.13.2
+    "$1/venv/bin/pip" download -q --no-deps --no-binary llama-cpp-python -d "$1" -r tests/interop/requirements-llamacpp.txt
+    tar -xzf "$1"/llama_cpp_python-*.tar.gz -C "$1" --wildcards --strip-components=1 '*/vendor/llama.cpp'
+    rm "$1"/llama_cpp_python-*.tar.gz
+    PATH=$1/venv/bin:$PATH cmake -S "$1/vendor/llama.cpp" -B "$1/vendor/llama.cpp/build" -G Ninja -DCMAKE_BUILD_TYPE=None \
+        -DCMAKE_C_FLAGS="-O1" -DCMAKE_CXX_FLAGS="-O0" -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DGGML_LLAMAFILE=OFF \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF >"$1/cmake.log" 2>&1
+    PATH=$1/venv/bin:$PATH cmake --build "$1/vendor/llama.cpp/build" --target llama-quantize llama-imatrix >"$1/build.log" 2>&1 ||
+        { tail -40 "$1/build.log" >&2; return 1; }
+}
+
 once transformers5 newest tests/interop/requirements.txt tests/interop/cpu_torch.py
 once transformers4 older tests/interop/requirements.txt tests/interop/requirements-transformers4.txt
+
+# Several minutes of compiling the first time, so only on request.
+if [ "${WITH_LLAMACPP:-no}" = yes ]; then
+    once llamacpp llamacpp tests/interop/requirements-llamacpp.txt
+    export LLAMA_CPP="$work/llamacpp/vendor/llama.cpp"
+fi
 
 cargo build --release --bin moepress
 export MOEPRESS="${work%/interop}/release/moepress"

@@ -4,16 +4,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
 use burn::tensor::Tensor;
-use ndarray::{Array2, ArrayView2};
+use ndarray::Array2;
 
+use super::gradients::MatrixSums;
 use super::loss::to_gradient;
-use super::sums::Sink;
 use super::*;
 use crate::Error;
 use crate::arch::{GroupScore, Groups, Mlp, Part, Role, Score, Shared, Spec};
 use crate::device::Cpu;
 use crate::forward::testing::{Noise, Table, distance, grouped_spec, latent_spec, random, samples, specs};
-use crate::forward::{Routing, SiteRows, Tap};
+use crate::forward::{Routing, Tap};
 use crate::progress::Quiet;
 
 /// DeepSeek-V3's: sigmoid scores with a bias, in groups, renormalized and scaled; a shared expert without a gate; one query
@@ -65,28 +65,6 @@ fn all_specs() -> Vec<(&'static str, Spec)> {
 
 type Gradients = HashMap<Role, Array2<f32>>;
 
-/// `Σ_t ∂ℓ/∂z_t x_tᵀ` of every matrix: the gradient at its weights.
-#[derive(Default)]
-struct WeightGradients(Mutex<Gradients>);
-
-impl Sink<Cpu> for WeightGradients {
-    fn rows(&self, layer: usize, seen: SiteRows<Cpu>, _tokens: Option<&[u32]>) -> Result<()> {
-        for (part, dz) in seen.outputs {
-            let gradient = dz.transpose().matmul(seen.rows.clone());
-            let dims = gradient.dims();
-            let values = values(gradient, "test")?;
-            let gradient = ArrayView2::from_shape((dims[0], dims[1]), &values).unwrap();
-            let mut sums = self.0.lock().unwrap();
-            *sums.entry(Role::Layer(layer, part)).or_insert_with(|| Array2::zeros((dims[0], dims[1]))) += &gradient;
-        }
-        Ok(())
-    }
-
-    fn done(&self, _layer: usize, _site: Site) -> Result<()> {
-        Ok(())
-    }
-}
-
 /// Which experts were chosen, in every layer.
 #[derive(Default)]
 struct Choices(Mutex<Vec<u32>>);
@@ -132,13 +110,15 @@ fn gradients(table: &Table, ids: &[Vec<u32>], params: &Params) -> (Gradients, Ve
     let mut gradient = inputs.pop().unwrap();
     let head = Head::load(table, &device).unwrap();
     let targets = to_gradient(&head, &mut gradient, ids, params).unwrap();
-    let sink = WeightGradients::default();
-    let walk = Walk { weights: table, device: &device, options: Options { in_flight: 2 }, sink: &sink };
+    let (all, mut found) = (|_: Part| true, Gradients::new());
     for (layer, inputs) in inputs.into_iter().enumerate().rev() {
+        let sink = MatrixSums { wanted: &all, sums: Mutex::default() };
+        let walk = Walk { weights: table, device: &device, options: Options { in_flight: 2 }, sink: &sink };
         walk.layer(layer, inputs, &mut gradient).unwrap();
+        found.extend(sink.sums.into_inner().unwrap().into_iter().map(|(part, sum)| (Role::Layer(layer, part), sum)));
     }
     let first = gradient.into_iter().flat_map(|g| values(g, "test").unwrap()).collect();
-    (sink.0.into_inner().unwrap(), first, targets)
+    (found, first, targets)
 }
 
 /// The slope of the loss along `direction` of one matrix, by central differences of the sixth order, at the largest step at

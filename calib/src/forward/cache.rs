@@ -1,6 +1,6 @@
 //! Keys and values of the tokens already seen.
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 
 /// Keys and values of one layer for one batch of samples.
 #[derive(Clone, Debug)]
@@ -48,5 +48,16 @@ impl<B: Backend> Cache<B> {
     /// Tokens seen.
     pub fn tokens(&self) -> usize {
         self.layers.first().map_or(0, LayerCache::tokens)
+    }
+
+    /// Sample `i` becomes what sample `rows[i]` was; there may be more or fewer than before.
+    pub fn select(&mut self, rows: &[usize]) {
+        let rows: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
+        for layer in &mut self.layers {
+            layer.seen = layer.seen.take().map(|(keys, values)| {
+                let rows = || Tensor::<B, 1, Int>::from_data(TensorData::new(rows.clone(), [rows.len()]), &keys.device());
+                (keys.clone().select(0, rows()), values.select(0, rows()))
+            });
+        }
     }
 }

@@ -262,7 +262,8 @@ impl<B: Backend> MoeBlock<B> {
         Ok(loads)
     }
 
-    /// Runs one expert over its rows; its weighted outputs, chunk by chunk. Without rows its weights are not read.
+    /// Runs one expert over its rows; its weighted outputs, chunk by chunk. Without rows its weights are not read, unless every row is
+    /// wanted.
     fn run_expert(
         &self,
         context: &Context<'_, B>,
@@ -272,28 +273,22 @@ impl<B: Backend> MoeBlock<B> {
         load: &Load,
     ) -> Result<Vec<Output<B>>> {
         let (enter, down) = (Site::ExpertIn(expert), Site::ExpertDown(expert));
+        let every = context.tap.wants_every_row();
         let mut outputs = Vec::new();
-        if !load.tokens.is_empty() {
+        if every || !load.tokens.is_empty() {
             let mlp = match &self.resident {
                 Some(experts) => experts[expert].clone(),
                 None => Routable::load(&context.source(), &self.moe, expert)?,
             };
+            if every {
+                show_every_row(context, normed, starts, (expert, load), &mlp)?;
+            }
             let tap = context.tap;
             for (tokens, weights) in load.tokens.chunks(CHUNK).zip(load.weights.chunks(CHUNK)) {
                 let pieces = pieces(tokens, starts);
                 let x = gather(normed, &pieces, context.device);
                 let routed = Routed { tokens: tokens.to_vec(), weights: weights.to_vec() };
-                if tap.wants(context.layer, enter) {
-                    tap.rows(context.layer, enter, &x, Some(&routed))?;
-                }
-                let gates = mlp.gates(x)?;
-                if tap.wants_gates() {
-                    tap.gates(context.layer, down, &gates[0], &gates[1], Some(&routed))?;
-                }
-                let activation = activate(gates);
-                if tap.wants(context.layer, down) {
-                    tap.rows(context.layer, down, &activation, Some(&routed))?;
-                }
+                let activation = if every { activate(mlp.gates(x)?) } else { show_rows(context, expert, x, &routed, &mlp)? };
                 let out = mlp.down(activation)?;
                 tap.expert_output(context.layer, expert, &out, &routed)?;
                 let weights = Tensor::from_data(TensorData::new(routed.weights, [tokens.len(), 1]), context.device);
@@ -303,6 +298,50 @@ impl<B: Backend> MoeBlock<B> {
         context.done([enter, down])?;
         Ok(outputs)
     }
+}
+
+/// Shows rows at an expert's two sites; what enters its down projection.
+fn show_rows<B: Backend>(
+    context: &Context<'_, B>,
+    expert: usize,
+    x: Tensor<B, 2>,
+    routed: &Routed,
+    mlp: &Routable<B>,
+) -> Result<Tensor<B, 2>> {
+    let (enter, down, tap) = (Site::ExpertIn(expert), Site::ExpertDown(expert), context.tap);
+    if tap.wants(context.layer, enter) {
+        tap.rows(context.layer, enter, &x, Some(routed))?;
+    }
+    let gates = mlp.gates(x)?;
+    if tap.wants_gates() {
+        tap.gates(context.layer, down, &gates[0], &gates[1], Some(routed))?;
+    }
+    let activation = activate(gates);
+    if tap.wants(context.layer, down) {
+        tap.rows(context.layer, down, &activation, Some(routed))?;
+    }
+    Ok(activation)
+}
+
+/// Shows all rows at an expert's sites, in chunks that together, over the experts in flight, hold no more rows than there are.
+fn show_every_row<B: Backend>(
+    context: &Context<'_, B>,
+    normed: &[Tensor<B, 2>],
+    starts: &[usize],
+    (expert, load): (usize, &Load),
+    mlp: &Routable<B>,
+) -> Result<()> {
+    let rows: usize = normed.iter().map(|x| x.dims()[0]).sum();
+    let step = rows.div_ceil(context.options.in_flight.max(1)).clamp(1, CHUNK);
+    let mut chosen = load.tokens.iter().zip(&load.weights).peekable();
+    for first in (0..rows).step_by(step) {
+        let tokens: Vec<u32> = (first..rows.min(first + step)).map(|row| row as u32).collect();
+        let weight = |&token: &u32| chosen.next_if(|(row, _)| **row == token).map_or(0.0, |(_, weight)| *weight);
+        let routed = Routed { weights: tokens.iter().map(weight).collect(), tokens };
+        let x = gather(normed, &pieces(&routed.tokens, starts), context.device);
+        show_rows(context, expert, x, &routed, mlp)?;
+    }
+    Ok(())
 }
 
 impl<B: Backend> SharedExpert<B> {

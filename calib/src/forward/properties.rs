@@ -102,7 +102,7 @@ fn assert_cache_equals_full_pass(name: &str, table: &Table, ids: &[u32], prompt:
     let mut cache = generator.cache();
     let mut next = 0;
     for end in prompt..=ids.len() {
-        let step = generator.step(&[ids[next..end].to_vec()], &mut cache).unwrap();
+        let step = generator.step(&[ids[next..end].to_vec()], &mut cache, &NoTap).unwrap();
         let error = distance(&values(step, "test").unwrap(), &full[end - 1]);
         assert!(error < 1e-5, "{name}: after {end} tokens {error:e}");
         next = end;

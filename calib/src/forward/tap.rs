@@ -10,7 +10,8 @@ use crate::arch::Site;
 pub struct Routed {
     /// Rows over all samples, rising: `sample · tokens + position`. `[rows]`.
     pub tokens: Vec<u32>,
-    /// The final routing weight that multiplies the expert's output. `[rows]`.
+    /// The final routing weight that multiplies the expert's output; 0 for a row that chose other experts, where
+    /// [`Tap::wants_every_row`] shows it all the same. `[rows]`.
     pub weights: Vec<f32>,
 }
 
@@ -55,6 +56,12 @@ pub trait Tap<B: Backend>: Sync {
     /// Whatever the receiver finds wrong; the pass stops with it.
     fn rows(&self, _layer: usize, _site: Site, _rows: &Tensor<B, 2>, _routed: Option<&Routed>) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether the sites of every expert are to be shown all rows, also those that chose other experts, with a routing weight of 0. It
+    /// changes no output and costs experts / top-k times the experts' work.
+    fn wants_every_row(&self) -> bool {
+        false
     }
 
     /// Whether [`Tap::gates`] is wanted (the two are kept apart for it).

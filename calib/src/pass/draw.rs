@@ -10,13 +10,14 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::backend::Backend;
 use serde::{Deserialize, Serialize};
 
+use super::write::write;
 use super::{Stream, stream_layers};
 use crate::checkpoint::Fingerprint;
-use crate::corpus::Corpus;
+use crate::corpus::{Corpus, Tokenizer};
 use crate::device::{Device, Job};
 use crate::forward::{Options, Routing, Tap, decoder_layer};
 use crate::progress::Progress;
-use crate::sample::{self, Calibrate, Sampler, Samples, balanced};
+use crate::sample::{self, Calibrate, Cover, Drawn, Sampler, Samples, balanced};
 use crate::stats::store::write_whole;
 use crate::{Error, Result, Weights};
 
@@ -29,8 +30,10 @@ pub struct Draw<'a> {
     pub fingerprint: &'a str,
     /// What the recipe asks for.
     pub calibrate: &'a Calibrate,
-    /// The texts.
-    pub corpus: &'a Corpus,
+    /// The texts; `None` where the sampler takes none.
+    pub corpus: Option<&'a Corpus>,
+    /// The model's tokenizer: what a model that writes may write.
+    pub tokenizer: &'a Tokenizer,
     /// The folder of the statistics, where `samples.json` is kept.
     pub dir: &'a Path,
     /// Hears of every finished layer of a pool's pass.
@@ -52,16 +55,18 @@ struct Kept {
 ///
 /// # Errors
 ///
-/// As [`sample::draw`], an IO error, and whatever running the model says.
+/// As [`sample::draw`], [`Error::EmptyCorpus`] where a sampler wants texts and has none, an IO error, and whatever running the
+/// model says.
 pub fn draw(draw: &Draw<'_>, device: Device) -> Result<Samples> {
     match &draw.calibrate.sampler {
         Sampler::Balanced(params) => balance(draw, params, device),
-        Sampler::Sequential(_) | Sampler::Random(_) => sample::draw(draw.calibrate, draw.corpus),
+        Sampler::Ebss(_) | Sampler::Temperature(_) => write(draw, device),
+        Sampler::Sequential(_) | Sampler::Random(_) => sample::draw(draw.calibrate, draw.corpus.ok_or(Error::EmptyCorpus)?),
     }
 }
 
 fn balance(draw: &Draw<'_>, params: &balanced::Params, device: Device) -> Result<Samples> {
-    let pool = sample::pool(draw.calibrate, draw.corpus, params.pool)?;
+    let pool = sample::pool(draw.calibrate, draw.corpus.ok_or(Error::EmptyCorpus)?, params.pool)?;
     let key = Fingerprint::of("balanced")
         .field(draw.fingerprint.as_bytes())
         .field(pool.hash().as_bytes())
@@ -73,7 +78,7 @@ fn balance(draw: &Draw<'_>, params: &balanced::Params, device: Device) -> Result
     if path.is_file() {
         let kept: Kept = serde_json::from_slice(&fs_err::read(&path)?).map_err(json)?;
         if kept.key == key {
-            return Ok(pool.only(&kept.selection.windows));
+            return Ok(chosen(&pool, kept.tokens_run, &kept.selection));
         }
     }
     let counts = device.run(Count { draw, pool: &pool })?;
@@ -86,10 +91,16 @@ fn balance(draw: &Draw<'_>, params: &balanced::Params, device: Device) -> Result
         selection.bound,
         selection.unreached,
     );
-    let samples = pool.only(&selection.windows);
+    let samples = chosen(&pool, pool.total_tokens(), &selection);
     let text = serde_json::to_vec_pretty(&Kept { key, tokens_run: pool.total_tokens(), selection }).map_err(json)?;
     write_whole(&path, |file| file.write_all(&text).and_then(|()| file.write_all(b"\n")))?;
     Ok(samples)
+}
+
+fn chosen(pool: &Samples, tokens_run: usize, selection: &balanced::Selection) -> Samples {
+    let balanced::Selection { least, bound, unreached, .. } = *selection;
+    let cover = Some(Cover { pool: pool.ids.len(), least, bound, unreached });
+    Samples { drawn: Drawn { tokens_run, cover, writing: None }, ..pool.only(&selection.windows) }
 }
 
 struct Count<'a> {
@@ -167,7 +178,7 @@ mod tests {
 
     fn corpus() -> Corpus {
         let ids = samples(&[2000, 2000], 32);
-        let text = |(name, ids): (&str, &Vec<u32>)| Text { domain: name.into(), path: name.into(), ids: ids.clone() };
+        let text = |(name, ids): (&str, &Vec<u32>)| Text::new(name, name, ids.clone());
         Corpus::new(["en", "code"].into_iter().zip(&ids).map(text).collect()).unwrap()
     }
 
@@ -211,12 +222,16 @@ mod tests {
             (0..12).map(|slot| counts.iter().map(|c| c[slot]).sum::<u32>()).min().unwrap()
         };
         let balanced = calibrate(Sampler::Balanced(balanced::Params::default()));
+        let tokenizer = crate::corpus::tests::tiny(dir.path());
         let draw_with = |weights: &dyn Weights, fingerprint: &str| {
             let progress = &Quiet;
-            draw(&Draw { weights, fingerprint, calibrate: &balanced, corpus: &corpus, dir: dir.path(), progress }, Device::Cpu)
+            let (calibrate, corpus, dir) = (&balanced, Some(&corpus), dir.path());
+            draw(&Draw { weights, fingerprint, calibrate, corpus, tokenizer: &tokenizer, dir, progress }, Device::Cpu)
         };
         let chosen = draw_with(&table, "m").unwrap();
         assert_eq!(chosen.ids.len(), 10);
+        let cover = chosen.drawn.cover.clone().unwrap();
+        assert_eq!((cover.pool, cover.least, chosen.drawn.tokens_run), (40, u64::from(least(&chosen)), 800));
         let even = sample::draw(&calibrate(Sampler::default()), &corpus).unwrap();
         assert!(least(&chosen) > least(&even), "{} and evenly {}", least(&chosen), least(&even));
         // Kept: it is not run again, so weights that cannot be read do no harm; for another model it is.

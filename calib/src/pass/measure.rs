@@ -18,6 +18,8 @@ use crate::{Error, Result};
 /// shared expert is added to it), and 8 bytes a row of each expert.
 pub struct Measure<'a, B: Backend> {
     samples: &'a Samples,
+    /// First row of each sample.
+    starts: Vec<usize>,
     before: Option<&'a Array2<u16>>,
     stats: Mutex<LayerStats>,
     block: Mutex<Block<B>>,
@@ -66,7 +68,7 @@ impl<'a, B: Backend> Measure<'a, B> {
             subset,
             kept: vec![],
         };
-        Self { samples, before, stats: Mutex::new(stats), block: Mutex::new(block) }
+        Self { samples, starts: samples.starts(), before, stats: Mutex::new(stats), block: Mutex::new(block) }
     }
 
     /// The layer's statistics.
@@ -80,7 +82,7 @@ impl<'a, B: Backend> Measure<'a, B> {
 
     /// Domain of a row by its number over all samples.
     fn domain(&self, row: usize) -> usize {
-        self.samples.domain[row / self.samples.tokens]
+        self.samples.domain[self.starts.partition_point(|&start| start <= row) - 1]
     }
 
     fn stats(&self) -> MutexGuard<'_, LayerStats> {

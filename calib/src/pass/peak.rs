@@ -40,7 +40,7 @@ mod tests {
         let made = wide(spec);
         let ids = vec![vec![0; SAMPLES.tokens]; SAMPLES.count];
         let domain = vec![0; SAMPLES.count];
-        let samples = crate::sample::Samples { domains: vec!["en".into()], tokens: SAMPLES.tokens, ids, domain };
+        let samples = crate::sample::Samples { domains: vec!["en".into()], tokens: SAMPLES.tokens, ids, domain, ..Default::default() };
         let before = status("VmRSS");
         let mut hidden = noise_batches(&made);
         let measure = Measure::new(LayerStats::new(&made.0, 0, 1), &samples, None, vec![]);

@@ -6,6 +6,7 @@ use ndarray::Array2;
 use crate::Result;
 use crate::arch::Site;
 use crate::forward::{Routed, Routing, Tap, spread, values};
+use crate::sample::Through;
 
 /// At most so many of the rows that enter a layer's experts, spread evenly over all of them, `[rows, hidden]`.
 pub type Spread<'a> = dyn Fn(usize) -> Result<Array2<f32>> + 'a;
@@ -63,6 +64,8 @@ pub trait Watch: Sync {
 pub(super) struct Watched<'a, T> {
     pub tap: &'a T,
     pub watch: Option<&'a dyn Watch>,
+    /// Which tokens the experts' sites are shown.
+    pub through: Through,
 }
 
 impl<T> Watched<'_, T> {
@@ -81,6 +84,10 @@ impl<B: Backend, T: Tap<B>> Tap<B> for Watched<'_, T> {
             watch.rows(layer, site, &values(rows.clone(), "inputs of a site")?, rows.dims()[1], routed)?;
         }
         if self.tap.wants(layer, site) { self.tap.rows(layer, site, rows, routed) } else { Ok(()) }
+    }
+
+    fn wants_every_row(&self) -> bool {
+        self.through == Through::All
     }
 
     fn wants_gates(&self) -> bool {

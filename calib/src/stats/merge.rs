@@ -80,7 +80,7 @@ mod tests {
     fn measured(dir: &std::path::Path, table: &Table, ids: &[Vec<u32>], domains: &[&str], domain: &[usize]) -> Store {
         let store = Store::new(dir.join(domains.join("-") + &ids.len().to_string()));
         let domains = domains.iter().map(|d| (*d).to_owned()).collect();
-        let samples = Samples { domains, tokens: ids[0].len(), ids: ids.to_vec(), domain: domain.to_vec() };
+        let samples = Samples { domains, tokens: ids[0].len(), ids: ids.to_vec(), domain: domain.to_vec(), ..Default::default() };
         let calibrate = Calibrate::over(vec![]);
         let pass = Pass {
             weights: table,

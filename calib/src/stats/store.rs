@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::fields::{Fields, Stored};
 use super::{BlockSums, ExpertStats, LayerStats, OutputSums, RouterSums};
 use crate::arch::Site;
+use crate::sample::{Drawn, Through};
 use crate::{Error, Result};
 
 /// The version of [`Manifest::schema`] that is written.
@@ -46,9 +47,15 @@ pub struct Part {
     pub seed: u64,
     /// How many.
     pub samples: usize,
-    /// Tokens a sample.
+    /// Tokens of the longest sample.
     pub tokens: usize,
-    /// Tokens that all experts were run on.
+    /// Tokens of all samples: what the statistics are sums over.
+    pub tokens_run: usize,
+    /// How the samples came about.
+    pub drawn: Drawn,
+    /// Which tokens the experts' sites were shown.
+    pub experts: Through,
+    /// Tokens that all experts were run on to see how alike they are.
     pub similarity_tokens: usize,
     /// Whether routing traces were kept.
     pub traces: bool,
@@ -281,8 +288,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
         assert_eq!(store.manifest().unwrap(), None);
+        let (drawn, experts) = (Drawn::default(), Through::Routed);
+        let (corpus, sampler) = ("c".into(), "random".into());
         let part =
-            Part { corpus: "c".into(), sampler: "random".into(), seed: 3, samples: 4, tokens: 5, similarity_tokens: 0, traces: false };
+            Part { corpus, sampler, seed: 3, samples: 4, tokens: 5, tokens_run: 20, drawn, experts, similarity_tokens: 0, traces: false };
         let manifest = Manifest { schema: 1, model: "m".into(), layers: 2, domains: vec!["en".into()], parts: vec![part] };
         store.finish(&manifest).unwrap();
         assert_eq!(store.manifest().unwrap(), Some(manifest));

@@ -3,6 +3,10 @@
 //! A second moment of `K` inputs from `n < K` tokens has rank `n` at most: a solver that trusts it moves errors into the
 //! directions that those tokens happened not to use. Which experts that concerns, and what is done about them, is a rule that
 //! the recipe names.
+//!
+//! Blending needs a layer that saw enough. On moe-4m at 3 bits with 10 random samples of 32 tokens (seed 0; 27 of 32 experts below half
+//! a token an input, and the layer itself at 2.5), KL on 1024 tokens of the validation part of each text: solved against their own tokens
+//! 0.2306, blended 0.2163, rounded 0.1982 nats (2026-11).
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

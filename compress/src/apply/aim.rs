@@ -168,6 +168,10 @@ impl<'a, 'b> Choices<'a, 'b> {
 }
 
 impl<B: Backend> Tap<B> for Choices<'_, '_> {
+    fn wants_every_row(&self) -> bool {
+        self.solver.is_some_and(Tap::<B>::wants_every_row)
+    }
+
     fn wants(&self, layer: usize, site: Site) -> bool {
         self.solver.is_some_and(|solver| Tap::<B>::wants(solver, layer, site))
     }

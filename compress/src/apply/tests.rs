@@ -56,6 +56,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         refine: None,
         repair: Default::default(),
         allocation: None,
+        experts: calib::sample::Through::Routed,
         tensors,
     }
 }
@@ -143,6 +144,26 @@ fn fp8_and_mtp_and_tied_heads_and_buffers() {
     }
     let (tied, _out) = of("qwen3_moe_tied");
     assert!(tied.info("lm_head.weight").is_none() && tied.info("model.embed_tokens.weight").is_some());
+}
+
+#[test]
+fn an_expert_that_no_token_reached_is_solved_where_the_plan_blends_it() {
+    let (model, few) = (fixture("qwen3_moe"), vec![vec![3, 9, 4, 1]]);
+    let expert = |role: Role| matches!(role, Role::Layer(_, Part::Expert(..)));
+    let solved = |solver: Who| {
+        let how = |_: &str, role: Role| Some(if expert(role) { Quantize { solver: solver.clone(), ..four_bits() } } else { four_bits() });
+        let plan = plan(&model, Quantizer::Gptq(gptq::Params::default()), how);
+        let out = tempfile::tempdir().unwrap();
+        let outcome = solve(&model, &plan, Some(&few), out.path(), Device::Cpu, &Quiet);
+        outcome.map(|outcome| (outcome, solved_bytes(out.path())))
+    };
+    // Four tokens do not reach all experts.
+    assert!(matches!(solved(Who::Planned), Err(Error::Calib(calib::Error::Tap(_)) | Error::Unreached { .. })));
+    let (outcome, bytes) = solved(Who::Blended { tokens: 0, wanted: 8 }).unwrap();
+    let experts = model.layout().roles().filter(|(role, _)| expert(*role)).count();
+    assert_eq!((outcome.blended, outcome.rounded), (experts, 0));
+    assert!(!outcome.matrices.contains_key(&By::Rtn) && outcome.loss > 0.0, "{outcome:?}");
+    assert_eq!(solved(Who::Blended { tokens: 0, wanted: 8 }).unwrap().1, bytes);
 }
 
 #[test]

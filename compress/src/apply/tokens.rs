@@ -11,6 +11,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use calib::arch::{Role, Site};
 use calib::forward::{Routed, Tap, spread, values};
 use calib::linalg::product;
+use calib::sample::Through;
 use calib::stats::Moment;
 use calib::{Model, Weights};
 use kernels::Group;
@@ -35,6 +36,8 @@ pub struct Solver<'a> {
     model: &'a Model,
     params: &'a gptq::Params,
     refine: Option<&'a Refine>,
+    /// Which tokens the experts' moments are over.
+    experts: Through,
     file: &'a LayerFile,
     rows: Rows<'a>,
     jobs: BTreeMap<Site, Vec<&'a Job<'a>>>,
@@ -87,6 +90,7 @@ impl<'a> Solver<'a> {
             model,
             params,
             refine: plan.refine.as_ref(),
+            experts: plan.experts,
             file,
             rows,
             jobs: by_site,
@@ -237,6 +241,10 @@ pub(crate) fn boxed(error: Error) -> calib::Error {
 }
 
 impl<B: Backend> Tap<B> for Solver<'_> {
+    fn wants_every_row(&self) -> bool {
+        self.experts == Through::All
+    }
+
     fn wants(&self, layer: usize, site: Site) -> bool {
         let wanted = |site| self.jobs.contains_key(&site);
         wanted(site) || self.rows.needs(layer, site, wanted)

@@ -73,6 +73,8 @@ pub(super) enum Command {
     Apply(StageArgs),
     /// Perplexity of a checkpoint on texts; with --reference also KL divergence and top-1 agreement
     Eval(EvalArgs),
+    /// Show an importance matrix of llama.cpp, or write one from the statistics of a calibration
+    Imatrix(ImatrixArgs),
     /// Write the kernels of a native output, for its shapes and widths, into its folder `kernels`
     Emit(EmitArgs),
     /// Add up or show statistics of calibration passes
@@ -198,6 +200,18 @@ pub(super) struct EvalArgs {
     /// Round the dequantized experts of a packed checkpoint, as transformers does
     #[arg(long, value_name = "TYPE")]
     pub round_experts: Option<RoundTo>,
+    #[command(flatten)]
+    pub format: Json,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImatrixArgs {
+    /// A folder of statistics or an output directory that holds one, or an importance matrix (GGUF, or the older .dat)
+    #[arg(value_name = "STATS|FILE")]
+    pub from: PathBuf,
+    /// Write it in the GGUF form, for llama-quantize --imatrix
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
     #[command(flatten)]
     pub format: Json,
 }

@@ -15,6 +15,7 @@ use serde_json::json;
 
 use super::args::{Cli, Command, EmitArgs, EvalArgs, ForTool, Global, InspectArgs, PlanArgs, RecipeArgs, RoundTo, StageArgs};
 use super::console::Console;
+use super::imatrix;
 use super::inspect::{self, Detail};
 use super::stats::stats;
 use crate::packed::{self, ExpertRounding};
@@ -37,6 +38,7 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Plan(args) => plan(args, &cli.global, console),
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
+        Command::Imatrix(args) => imatrix::run(args),
         Command::Emit(args) => emit(args),
         Command::Stats(command) => stats(command),
         Command::Schema => Ok(recipe::schema().map_err(std::io::Error::from)?),
@@ -157,10 +159,10 @@ fn coverage(loaded: &Loaded, dir: &Path, as_json: bool) -> Result<String> {
             layer.experts.as_ref().map(|e| e.router.counts.columns().into_iter().map(|c| c.sum()).collect())
         };
         let counts: Vec<Option<Vec<u64>>> = layers.iter().map(counts).collect();
-        return pretty(&json!({ "manifest": manifest, "tokens_by_expert": counts }));
+        return pretty(&json!({ "manifest": manifest, "balance": report::Balance::of(&layers), "tokens_by_expert": counts }));
     }
-    let tokens = manifest.parts.iter().map(|part| part.samples * part.tokens).sum();
-    Ok(report::coverage(&layers, tokens))
+    let tokens = manifest.parts.iter().map(|part| part.tokens_run).sum();
+    Ok(report::coverage(&layers, tokens) + "\n" + &report::sampler(&manifest, &layers))
 }
 
 fn planned(loaded: &Loaded, path: &Path, as_json: bool) -> Result<String> {

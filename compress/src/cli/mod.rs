@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod console;
 mod error;
+mod imatrix;
 mod inspect;
 mod progress;
 mod stats;

@@ -25,7 +25,7 @@ fn store(dir: &Path) -> Store {
 fn merge(args: &MergeArgs) -> Result<String> {
     let from: Vec<Store> = args.from.iter().map(|dir| store(dir)).collect();
     let merged = Store::new(&args.out).merge(&from)?;
-    let tokens: usize = merged.parts.iter().map(|part| part.samples * part.tokens).sum();
+    let tokens: usize = merged.parts.iter().map(|part| part.tokens_run).sum();
     let (passes, layers, domains) = (merged.parts.len(), merged.layers, merged.domains.join(", "));
     Ok(format!("{passes} passes over {tokens} tokens of {domains}, {layers} layers; the sum lies in {}\n", args.out.display()))
 }

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use calib::arch::{Part, Role};
+use calib::sample::Through;
 use calib::stats::Undercalibrated;
 use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
@@ -52,6 +53,9 @@ pub struct Plan {
     /// What improves the quantizer's codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
+    /// Which tokens the experts' second moments are over.
+    #[serde(default, skip_serializing_if = "is_routed")]
+    pub experts: Through,
     /// The order in which layers are solved, and what is mended.
     #[serde(default)]
     pub repair: Repair,
@@ -166,6 +170,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
         objective: recipe.objective.clone().unwrap_or_default(),
         refine: recipe.refine.clone(),
+        experts: recipe.calibrate.as_ref().map(|c| c.experts).unwrap_or_default(),
         repair: repair.clone(),
         allocation: widths.and_then(|w| w.account),
         quantizer,
@@ -227,6 +232,10 @@ fn quantize(choice: &Choice, tensor: &Tensor, (layer, part, inputs): (usize, Par
     let dead_channels = seen.filter(|_| solver == Solver::Planned).map_or(0, |(seen, _)| seen.dead);
     let Choice { bits, group, grid } = *choice;
     Quantize { bits, group, grid, scale: tensor.scale, solver, dead_channels }
+}
+
+fn is_routed(experts: &Through) -> bool {
+    *experts == Through::Routed
 }
 
 /// The embedding or the head, rounded because the recipe says so.

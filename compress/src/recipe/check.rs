@@ -1,9 +1,12 @@
 //! Every problem of value at once, before any hour is spent.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use calib::arch::Role;
+use calib::corpus::ENDINGS;
+use calib::sample::{Calibrate, Through};
 use kernels::Group;
 
 use super::beside::{check_beside, check_pmq};
@@ -58,6 +61,7 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         found.extend(check_learned(params, recipe.calibrate.as_ref().map_or(0, |calibrate| calibrate.samples), source));
     }
     found.extend(check_repair(recipe, source));
+    found.extend(check_through(recipe, source));
     if let Some(objective) = &recipe.objective {
         if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let message = "there are no tokens to weigh: the quantizer sees none".to_owned();
@@ -255,10 +259,13 @@ fn check_cost(allocate: &Allocate, shape: &Shape, source: &Source) -> Option<Pro
 fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     let mut found = Vec::new();
     let mut add = |key: &str, message: String| found.push(source.problem(key, message, None));
-    let mut texts: Vec<(&str, &[PathBuf])> = Vec::new();
+    let mut texts: Vec<(&str, Vec<Text<'_>>)> = Vec::new();
     match &recipe.calibrate {
         Some(calibrate) => {
-            texts.push(("calibrate.corpus", &calibrate.corpus));
+            texts.push(("calibrate.corpus", calibrate.corpus.iter().map(|s| (s.path.as_path(), s.domain())).collect()));
+            for (i, weight) in calibrate.corpus.iter().map(|s| s.weight).enumerate().filter(|(_, w)| !(w.is_finite() && *w > 0.0)) {
+                add(&format!("calibrate.corpus.{i}.weight"), format!("{weight} is no weight; ask for more than 0, or leave the text out"));
+            }
             let (samples, files) = (calibrate.samples, calibrate.corpus.len());
             if samples < files.max(1) {
                 add(
@@ -266,6 +273,7 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
                     format!("calibrate.samples = {samples} cannot be shared out over {files} texts; ask for at least one each"),
                 );
             }
+            found_of_sampler(calibrate, &mut add);
             let rule = calibrate.undercalibrated;
             if !(rule.threshold().is_finite() && rule.threshold() >= 0.0) {
                 let share = rule.threshold();
@@ -281,7 +289,7 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         None => {}
     }
     if let Some(evaluate) = &recipe.evaluate {
-        texts.push(("evaluate.text", &evaluate.text));
+        texts.push(("evaluate.text", evaluate.text.iter().map(|path| (path.as_path(), stem(path))).collect()));
         if evaluate.context < 2 {
             add("evaluate.context", format!("{} tokens are no window; ask for at least 2", evaluate.context));
         }
@@ -289,12 +297,12 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
             add("evaluate.max_tokens", format!("{most} tokens are less than one window of {}", evaluate.context));
         }
     }
-    for (key, paths) in texts {
-        if paths.is_empty() {
+    for (key, texts) in texts {
+        if texts.is_empty() && !(key == "calibrate.corpus" && recipe.calibrate.as_ref().is_some_and(|c| c.sampler.writes())) {
             add(key, format!("{key} names no text"));
         }
-        for (i, path) in paths.iter().enumerate() {
-            if let Some(message) = text_problem(path, &paths[..i]) {
+        for (i, text) in texts.iter().enumerate() {
+            if let Some(message) = text_problem(text, &texts[..i]) {
                 add(&format!("{key}.{i}"), message);
             }
         }
@@ -302,15 +310,58 @@ fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     found
 }
 
-fn text_problem(path: &Path, before: &[PathBuf]) -> Option<String> {
+/// What cannot work on tokens that an expert is shown though the router sends them elsewhere: they have no routing weight there, and no
+/// output that something could aim at.
+fn check_through(recipe: &Recipe, source: &Source) -> Vec<Problem> {
+    if recipe.calibrate.as_ref().is_none_or(|calibrate| calibrate.experts == Through::Routed) {
+        return Vec::new();
+    }
+    let weighted = recipe.objective.as_ref().is_some_and(|objective| objective.token_weight != TokenWeight::None);
+    let aims = recipe.repair.as_ref().is_some_and(|repair| repair.propagate.is_some());
+    let said = [("objective.token_weight", weighted), ("repair.propagate", aims)].into_iter().filter(|(_, asked)| *asked);
+    let message = |key| format!("{key} works on the tokens that an expert is given, and calibrate.experts = \"all\" shows it all of them");
+    said.map(|(key, _)| source.problem("calibrate.experts", message(key), Some("leave one of the two out".into()))).collect()
+}
+
+/// What is wrong with a sampler's knobs, and with texts that it has no use for.
+fn found_of_sampler(calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) {
+    let name = calibrate.sampler.name();
+    for (knob, message) in calibrate.sampler.problems() {
+        add(&format!("calibrate.sampler.{name}.{knob}"), message);
+    }
+    if calibrate.sampler.writes() && !calibrate.corpus.is_empty() {
+        add("calibrate.corpus", format!("the sampler {name} lets the model write its texts and reads none; leave calibrate.corpus out"));
+    }
+    if calibrate.sampler.writes() && !calibrate.pack {
+        add("calibrate.pack", format!("the sampler {name} writes samples of calibrate.tokens each; there are no documents to keep apart"));
+    }
+}
+
+/// A file and its domain.
+type Text<'a> = (&'a Path, Cow<'a, str>);
+
+fn stem(path: &Path) -> Cow<'_, str> {
+    path.file_stem().unwrap_or_default().to_string_lossy()
+}
+
+fn text_problem((path, domain): &Text<'_>, before: &[Text<'_>]) -> Option<String> {
     if !path.is_file() {
         return Some(format!("there is no text {}", path.display()));
     }
-    if !matches!(path.extension().and_then(|e| e.to_str()), Some("txt" | "jsonl")) {
-        return Some(format!("{} is neither a .txt nor a .jsonl file", path.display()));
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("parquet") if !cfg!(feature = "parquet") => {
+            return Some(calib::Error::NoParquet { path: path.to_path_buf() }.to_string());
+        }
+        Some(ending) if ENDINGS.contains(&ending) => {}
+        _ => return Some(format!("{} is neither a .txt, a .jsonl nor a .parquet file", path.display())),
     }
-    let twin = before.iter().find(|b| b.file_stem() == path.file_stem())?;
-    Some(format!("{} and {} have the same name, and texts are told apart by name; rename one", twin.display(), path.display()))
+    let (twin, _) = before.iter().find(|(_, other)| other == domain)?;
+    Some(format!(
+        "{} and {} have the same name, {domain}, and texts are told apart by name; rename one, or name it in the recipe, such as \
+         {{ path = \"…\", name = \"{domain}2\" }}",
+        twin.display(),
+        path.display()
+    ))
 }
 
 /// What is wrong with a recipe for a model of this shape.
@@ -428,7 +479,7 @@ mod tests {
         let expected = [
             "r.toml:1:10: schema 2 is not known; this program reads schema 1",
             "r.toml:4:20: there is no text no.txt",
-            "r.toml:4:30: c.md is neither a .txt nor a .jsonl file",
+            "r.toml:4:30: c.md is neither a .txt, a .jsonl nor a .parquet file",
             "r.toml:5:11: calibrate.samples = 1 cannot be shared out over 3 texts; ask for at least one each",
             "r.toml:6:1: -1 tokens an input are no threshold; ask for 0 or more, such as 0.5",
             "r.toml:8:2: one of bits, bits_per_weight, bytes, file is needed, and there are 2: bits, bytes; for one width for all matrices, write bits = 4",
@@ -448,6 +499,24 @@ mod tests {
         assert!(said(&GOOD.replace("[allocate]\nbits = 4\n", "")).contains("a quantizer but no [allocate]"));
         assert!(said(&GOOD.replace("[quantize.gptq]\n", "")).contains("widths but no quantizer"));
         assert!(said(&GOOD.replace("bits = 4\n", "")).contains("is needed, and there is none"));
+    }
+
+    #[test]
+    fn texts_have_weights_and_samplers_knobs() {
+        let said =
+            |corpus: &str, more: &str| said(&GOOD.replace("corpus = [\"a.txt\"]", &format!("corpus = {corpus}\n{more}")), None).join("\n");
+        assert_eq!(said("[{ path = \"a.txt\", name = \"x\", weight = 2.0 }, \"b.jsonl\"]", ""), "");
+        let bad = said("[{ path = \"a.txt\", weight = 0.0 }]", "sampler.ebss.branches = 0\npack = false");
+        let expected = "r.toml:5:11: the sampler ebss lets the model write its texts and reads none; leave calibrate.corpus out\n\
+            r.toml:5:33: 0 is no weight; ask for more than 0, or leave the text out\n\
+            r.toml:6:25: branches = 0; ask for at least 1\n\
+            r.toml:7:8: the sampler ebss writes samples of calibrate.tokens each; there are no documents to keep apart";
+        assert_eq!(bad, expected);
+        assert!(said("[\"a.txt\", { path = \"a.txt\" }]", "").contains("texts are told apart by name"));
+        assert_eq!(said("[\"a.txt\", { path = \"a.txt\", name = \"b\" }]", ""), "");
+        assert_eq!(said("[]", "sampler.temperature.temperature = 0.8"), "");
+        let all = said("[\"a.txt\"]", "experts = \"all\"\n[objective]\ntoken_weight = \"affinity\"");
+        assert!(all.contains("r.toml:6:11: objective.token_weight works on the tokens that an expert is given"), "{all}");
     }
 
     #[test]

@@ -154,7 +154,7 @@ impl Recipe {
     /// Shows every path in it to `f`.
     pub fn each_path(&mut self, f: impl FnMut(&mut PathBuf)) {
         let (model, out) = (self.model.iter_mut(), self.out.iter_mut());
-        let corpus = self.calibrate.iter_mut().flat_map(|c| &mut c.corpus);
+        let corpus = self.calibrate.iter_mut().flat_map(|c| &mut c.corpus).map(|source| &mut source.path);
         let text = self.evaluate.iter_mut().flat_map(|e| &mut e.text);
         model.chain(out).chain(corpus).chain(text).for_each(f);
     }
@@ -191,7 +191,7 @@ mod tests {
         let overrides = Overrides { out: Some("here".into()), set: vec!["calibrate.corpus=[\"x.txt\"]".into()], ..Overrides::default() };
         let loaded = load(&path, &overrides).unwrap();
         assert_eq!(loaded.recipe.out, Some("here".into()));
-        assert_eq!(loaded.recipe.calibrate.unwrap().corpus, [Path::new("x.txt")]);
+        assert_eq!(loaded.recipe.calibrate.unwrap().corpus, [PathBuf::from("x.txt").into()]);
     }
 
     #[test]

@@ -61,7 +61,12 @@ fn make_absolute(key: &str, value: &mut Value) -> Result<(), String> {
         other => vec![other],
     };
     for path in paths {
-        if let Value::String(text) = path {
+        // A text of a corpus may be a table that holds its path.
+        let path = match path {
+            Value::Table(table) => table.get_mut("path"),
+            path => Some(path),
+        };
+        if let Some(Value::String(text)) = path {
             let absolute = std::path::absolute(&*text).map_err(|e| format!("the path cannot be made absolute: {e}"))?;
             *text = absolute.to_str().ok_or("the working directory's name is not UTF-8")?.to_owned();
         }

@@ -5,12 +5,14 @@
 
 pub mod curve;
 mod render;
+mod sampler;
 mod stats;
 mod table;
 mod usage;
 
 use std::path::Path;
 
+use calib::stats::Part;
 use serde::{Deserialize, Serialize};
 
 use crate::apply::Outcome;
@@ -18,6 +20,7 @@ use crate::plan::Summary;
 use crate::{Error, Result};
 
 pub use render::{coverage, estimate, evaluation, markdown_report, plan, text_report};
+pub use sampler::{Balance, sampler};
 pub use stats::{DomainReport, LayerReport, StatsReport, read_stats, stats_csv, stats_svg, stats_text};
 pub use table::{bytes, count, markdown, memory, seconds, table};
 pub use usage::{Cost, Meter};
@@ -29,6 +32,9 @@ pub struct Report {
     pub schema: u32,
     /// The model that was compressed.
     pub model: ModelRow,
+    /// The samples that it was measured on, and how evenly they fell on the experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<Calibration>,
     /// What was done to it.
     pub plan: Summary,
     /// Stored bits a quantized weight, scales counted.
@@ -43,6 +49,15 @@ pub struct Report {
     pub solved: Outcome,
     /// How it does on the recipe's texts, beside the original.
     pub evaluation: Option<calib::evaluate::Report>,
+}
+
+/// What a model was measured on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    /// The passes: sampler, cost, how the samples came about.
+    pub parts: Vec<Part>,
+    /// Tokens of the experts.
+    pub balance: Balance,
 }
 
 /// The model that was compressed.

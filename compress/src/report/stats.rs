@@ -70,7 +70,7 @@ pub fn read_stats(store: &Store, manifest: &Manifest) -> Result<StatsReport> {
             layers.push(layer_report(layer, &experts, &manifest.domains));
         }
     }
-    let tokens = manifest.parts.iter().map(|part| (part.samples * part.tokens) as u64).sum();
+    let tokens = manifest.parts.iter().map(|part| part.tokens_run as u64).sum();
     Ok(StatsReport { schema: 1, model: manifest.model.clone(), parts: manifest.parts.clone(), tokens, layers })
 }
 

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use calib::corpus::Source;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -36,11 +37,8 @@ impl Identity {
     /// An IO error where a text cannot be read.
     pub fn of(recipe: &Recipe, model: &str) -> Result<Self> {
         let mut texts = BTreeMap::new();
-        for (key, paths) in texts_of(recipe) {
-            for path in paths {
-                let hash = calib::checkpoint::hash_bytes(&fs_err::read(path)?);
-                texts.insert(format!("{key}: {}", name(path).display()), hash);
-            }
+        for (label, path) in texts_of(recipe) {
+            texts.insert(label, calib::checkpoint::hash_bytes(&fs_err::read(path)?));
         }
         let mut plain = recipe.clone();
         (plain.model, plain.out) = (None, None);
@@ -112,10 +110,15 @@ impl Identity {
     }
 }
 
-fn texts_of(recipe: &Recipe) -> Vec<(&'static str, &[PathBuf])> {
-    let corpus = recipe.calibrate.iter().map(|c| ("calibrate.corpus", c.corpus.as_slice()));
-    let text = recipe.evaluate.iter().map(|e| ("evaluate.text", e.text.as_slice()));
-    corpus.chain(text).collect()
+/// Every text by the name that tells it apart: `calibrate.corpus: en.txt`, with its domain where the recipe names it.
+fn texts_of(recipe: &Recipe) -> Vec<(String, &Path)> {
+    let label = |source: &Source| match &source.name {
+        Some(domain) => format!("calibrate.corpus: {domain} ({})", name(&source.path).display()),
+        None => format!("calibrate.corpus: {}", name(&source.path).display()),
+    };
+    let corpus = recipe.calibrate.iter().flat_map(|c| &c.corpus).map(|source| (label(source), source.path.as_path()));
+    let text = recipe.evaluate.iter().flat_map(|e| &e.text);
+    corpus.chain(text.map(|path| (format!("evaluate.text: {}", name(path).display()), path.as_path()))).collect()
 }
 
 fn name(path: &Path) -> PathBuf {

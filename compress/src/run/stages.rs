@@ -20,7 +20,7 @@ use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
-use crate::report::{Cost, ModelRow, OutputRow, Report, markdown_report};
+use crate::report::{Balance, Calibration, Cost, ModelRow, OutputRow, Report, markdown_report};
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result, apply};
@@ -72,7 +72,8 @@ impl<'a> Work<'a> {
         let sampled = [Stage::Calibrate, Stage::Apply].iter().any(|stage| todo.contains(stage));
         if let Some(asked) = self.recipe.calibrate.as_ref().filter(|_| sampled && !self.model.checkpoint().is_shape_only()) {
             match asked.sampler {
-                Sampler::Balanced(_) => drop(Corpus::read(&asked.corpus, &self.tokenizer()?)?),
+                Sampler::Balanced(_) => drop(Corpus::of(&asked.corpus, &self.tokenizer()?)?),
+                Sampler::Ebss(_) | Sampler::Temperature(_) => drop(self.tokenizer()?),
                 Sampler::Sequential(_) | Sampler::Random(_) => drop(self.samples(&Quiet)?),
             }
         }
@@ -114,9 +115,10 @@ impl<'a> Work<'a> {
     fn samples(&self, progress: &dyn Progress) -> Result<Option<&Samples>> {
         let Some(asked) = &self.recipe.calibrate else { return Ok(None) };
         if self.samples.get().is_none() {
-            let corpus = Corpus::read(&asked.corpus, &self.tokenizer()?)?;
-            let (dir, fingerprint) = (self.folder.path("stats"), self.shape.fingerprint.as_str());
-            let draw = Draw { weights: self.model, fingerprint, calibrate: asked, corpus: &corpus, dir: &dir, progress };
+            let tokenizer = &self.tokenizer()?;
+            let corpus = if asked.sampler.writes() { None } else { Some(Corpus::of(&asked.corpus, tokenizer)?) };
+            let (dir, fingerprint) = (&self.folder.path("stats"), self.shape.fingerprint.as_str());
+            let draw = Draw { weights: self.model, fingerprint, calibrate: asked, corpus: corpus.as_ref(), tokenizer, dir, progress };
             // Nobody else can have filled it: the cell is this thread's own.
             let _ = self.samples.set(pass::draw(&draw, self.device)?);
         }
@@ -214,6 +216,14 @@ impl<'a> Work<'a> {
         self.recipe.export.formats().into_iter().map(|format| format.name()).enumerate().map(place).collect()
     }
 
+    /// What the samples were and reached, where there was a calibration.
+    fn calibration(&self) -> Result<Option<Calibration>> {
+        let store = self.store();
+        let Some(manifest) = store.manifest()?.filter(|_| self.recipe.calibrate.is_some()) else { return Ok(None) };
+        let layers = (0..manifest.layers).map(|layer| store.get(layer)).collect::<calib::Result<Vec<_>>>()?;
+        Ok(Some(Calibration { balance: Balance::of(&layers), parts: manifest.parts }))
+    }
+
     fn write_report(&self, evaluation: Option<calib::evaluate::Report>) -> Result<()> {
         let plan = self.read_plan()?.summary(self.shape);
         let mut outputs = Vec::new();
@@ -230,9 +240,11 @@ impl<'a> Work<'a> {
             fingerprint: self.shape.fingerprint.clone(),
             bytes: weight_bytes(dir)?,
         };
+        let calibration = self.calibration()?;
         let evaluated = evaluation.is_some().then(|| outputs.first().map(|output| output.format.clone())).flatten();
         let bits_per_weight = plan.bits_per_weight();
-        let report = Report { schema: 1, model, bits_per_weight, plan, outputs, evaluated, solved: self.outcome()?, evaluation };
+        let report =
+            Report { schema: 1, model, calibration, bits_per_weight, plan, outputs, evaluated, solved: self.outcome()?, evaluation };
         let json = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("report.md"), markdown_report(&report).as_bytes())?;
         write_whole(&self.folder.path("report.json"), json.as_bytes())

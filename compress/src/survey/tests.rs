@@ -18,7 +18,7 @@ use crate::quantize::{Quantizer, gptq};
 fn surveyed(cost: &str, rule: Undercalibrated) -> (Table, BTreeMap<(usize, usize), u64>) {
     let model = Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/parity/qwen3_moe")).unwrap();
     let ids = vec![vec![3, 9, 4, 1]];
-    let samples = Samples { domains: vec!["en".into()], tokens: 4, ids, domain: vec![0] };
+    let samples = Samples { domains: vec!["en".into()], tokens: 4, ids, domain: vec![0], ..Default::default() };
     let allocate: Allocate =
         toml::from_str(&format!("bits_per_weight = 3\ngroup = 8\nchoices = [2, 4]\ncost = \"{cost}\"\nfill = \"solve\"")).unwrap();
     let shape = Shape::of(&model);

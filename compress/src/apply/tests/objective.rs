@@ -12,7 +12,7 @@ fn weighted(model: &Model, token_weight: TokenWeight, power: Option<u8>) -> Plan
 
 fn drawn(model: &Model) -> Samples {
     let ids = samples(model);
-    Samples { domains: vec!["a".into()], tokens: ids[0].len(), domain: vec![0; ids.len()], ids }
+    Samples { domains: vec!["a".into()], tokens: ids[0].len(), domain: vec![0; ids.len()], ids, ..Default::default() }
 }
 
 fn codes(model: &Model, plan: &Plan, dir: &Path, role: Role) -> Array2<f32> {

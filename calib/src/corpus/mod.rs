@@ -1,127 +1,61 @@
 //! Texts as token ids: what calibration samples are cut from and what evaluation runs on.
 //!
-//! A corpus is a list of files, each a domain named by its file stem. `.txt` is one run of text, in which
-//! `<|endoftext|>` and its like are the tokenizer's special tokens; `.jsonl` is a document a line (`text`, or `prompt` and
-//! `completion`, which are joined), and documents are packed one after the other with the tokenizer's end token after each.
-//! No BOS, no padding, no truncation: what the tokenizer's file says about them is switched off.
+//! A corpus is a list of sources, each a domain named by its file stem or by the recipe, with a weight. `.txt` is one run of
+//! text, in which `<|endoftext|>` and its like are the tokenizer's special tokens; `.jsonl` is a document a line (`text`;
+//! `messages`, which the model's own [chat template](chat) turns into text; or `prompt` and `completion`, which are joined);
+//! `.parquet`, behind a feature of that name, is a document a row, its columns named likewise. Documents are packed one after the
+//! other with the tokenizer's end token after each. No BOS, no padding, no truncation: what the tokenizer's file says about them is
+//! switched off.
 //!
 //! The first four fifths of each text's tokens are calibration; the last fifth, the validation split, enters no statistic
 //! and is what settings are chosen on.
 
+pub mod chat;
+mod documents;
+mod source;
+mod tokenizer;
+
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
-
 use crate::{Error, Result};
+use documents::Documents;
 
-/// The tokenizer of a checkpoint.
-pub struct Tokenizer {
-    path: PathBuf,
-    inner: tokenizers::Tokenizer,
-    end: Option<u32>,
-    vocab: usize,
-}
+pub use source::Source;
+pub use tokenizer::Tokenizer;
 
-impl Tokenizer {
-    /// Reads `tokenizer.json` of a checkpoint's directory, and its end token from `tokenizer_config.json` or
-    /// `config.json`. `vocab`: rows of the model's embedding, which no token may pass.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoTokenizer`]; [`Error::Tokenizer`] where the library cannot load it; [`Error::Json`].
-    pub fn open(dir: &Path, vocab: usize) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
-        if !path.is_file() {
-            return Err(Error::NoTokenizer { dir: dir.into() });
-        }
-        let fail = |e: Box<dyn std::error::Error + Send + Sync>| Error::Tokenizer { path: path.clone(), message: e.to_string() };
-        let mut inner = tokenizers::Tokenizer::from_bytes(fs_err::read(&path)?).map_err(fail)?;
-        // A tokenizer.json may carry both from whoever saved it, and they would silently cut or pad a text.
-        inner.with_truncation(None).map_err(fail)?;
-        inner.with_padding(None);
-        let end = end_token(dir, &inner)?;
-        Ok(Self { path, inner, end, vocab })
-    }
-
-    /// Token ids of a text; nothing is put before or after it.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Tokenizer`].
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false);
-        let encoding = encoding.map_err(|e| Error::Tokenizer { path: self.path.clone(), message: e.to_string() })?;
-        Ok(encoding.get_ids().to_vec())
-    }
-
-    /// The text of token ids, special tokens written out.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Tokenizer`].
-    pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, false).map_err(|e| Error::Tokenizer { path: self.path.clone(), message: e.to_string() })
-    }
-
-    /// The token that ends a document, if the checkpoint names one.
-    pub fn end(&self) -> Option<u32> {
-        self.end
-    }
-
-    /// Tokens of the model's vocabulary.
-    pub fn vocab(&self) -> usize {
-        self.vocab
-    }
-}
-
-/// `eos_token` of tokenizer_config.json (a string or an object with `content`), else `eos_token_id` of config.json.
-fn end_token(dir: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<Option<u32>> {
-    if let Some(config) = json_file(&dir.join("tokenizer_config.json"))? {
-        let token = &config["eos_token"];
-        let id = token.as_str().or(token["content"].as_str()).and_then(|t| tokenizer.token_to_id(t));
-        if id.is_some() {
-            return Ok(id);
-        }
-    }
-    let config = json_file(&dir.join("config.json"))?.unwrap_or_default();
-    let id = &config["eos_token_id"];
-    Ok(id.as_u64().or(id[0].as_u64()).and_then(|id| u32::try_from(id).ok()))
-}
-
-fn json_file(path: &Path) -> Result<Option<Value>> {
-    if !path.is_file() {
-        return Ok(None);
-    }
-    serde_json::from_slice(&fs_err::read(path)?).map(Some).map_err(|source| Error::Json { path: path.into(), source })
-}
+/// Endings of files that a text is read from.
+pub const ENDINGS: [&str; 3] = ["txt", "jsonl", "parquet"];
 
 /// One file as tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Text {
-    /// The file's stem.
+    /// The domain: the file's stem, or its name in the recipe.
     pub domain: String,
     /// The file.
     pub path: PathBuf,
     /// All its tokens.
     pub ids: Vec<u32>,
+    /// Where each document ends in `ids`, rising; the last ends with them.
+    pub ends: Vec<usize>,
+    /// Its part of the samples, as a multiple of a text with weight 1.
+    pub weight: f64,
 }
 
 impl Text {
-    /// Reads a `.txt` or `.jsonl` file.
+    /// A text of one document that is tokens already, with weight 1.
+    pub fn new(domain: impl Into<String>, path: impl Into<PathBuf>, ids: Vec<u32>) -> Self {
+        Self { domain: domain.into(), path: path.into(), ends: vec![ids.len()], ids, weight: 1.0 }
+    }
+
+    /// Reads a `.txt`, `.jsonl` or `.parquet` file.
     ///
     /// # Errors
     ///
-    /// An IO error, [`Error::TextFormat`], [`Error::NotUtf8`], [`Error::JsonLine`] and [`Error::JsonFields`] with file and
-    /// line, [`Error::TokenPastVocabulary`], [`Error::EmptyText`].
+    /// An IO error, [`Error::TextFormat`], [`Error::NoParquet`], [`Error::Parquet`], [`Error::NotUtf8`]; [`Error::JsonLine`],
+    /// [`Error::JsonFields`] and, for a conversation without a template or that it refuses, [`Error::AtLine`], with file and line;
+    /// [`Error::TokenPastVocabulary`], [`Error::EmptyText`].
     pub fn read(path: &Path, tokenizer: &Tokenizer) -> Result<Self> {
-        let jsonl = match path.extension().and_then(|e| e.to_str()) {
-            Some("txt") => false,
-            Some("jsonl") => true,
-            _ => return Err(Error::TextFormat { path: path.into() }),
-        };
-        let text =
-            String::from_utf8(fs_err::read(path)?).map_err(|e| Error::NotUtf8 { path: path.into(), at: e.utf8_error().valid_up_to() })?;
-        let ids = if jsonl { documents(path, &text, tokenizer)? } else { tokenizer.encode(&text)? };
+        let Documents { ids, ends, .. } = Documents::read(path, tokenizer)?;
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= tokenizer.vocab) {
             return Err(Error::TokenPastVocabulary { path: path.into(), id, vocab: tokenizer.vocab });
         }
@@ -129,7 +63,16 @@ impl Text {
             return Err(Error::EmptyText { path: path.into() });
         }
         let domain = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { domain, path: path.into(), ids })
+        Ok(Self { domain, path: path.into(), ids, ends, weight: 1.0 })
+    }
+
+    /// The documents of the calibration part, each cut at `tokens` and at the part's end; those of less than two tokens are left
+    /// out.
+    pub fn documents(&self, tokens: usize) -> Vec<&[u32]> {
+        let ids = self.calibration();
+        let starts = std::iter::once(0).chain(self.ends.iter().copied());
+        let spans = starts.zip(&self.ends).map(|(start, &end)| (start, end.min(start + tokens).min(ids.len())));
+        spans.filter(|(start, end)| start + 2 <= *end).map(|(start, end)| &ids[start..end]).collect()
     }
 
     /// The first four fifths of the tokens: what calibration windows are cut from.
@@ -161,23 +104,6 @@ impl Text {
     }
 }
 
-/// The documents of a `.jsonl`, one after the other, each followed by the end token. Empty lines are skipped.
-fn documents(path: &Path, text: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let mut ids = Vec::new();
-    for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
-        let value: Value = serde_json::from_str(line).map_err(|source| Error::JsonLine { path: path.into(), line: i + 1, source })?;
-        let field = |name: &str| value[name].as_str();
-        let document = match (field("text"), field("prompt"), field("completion")) {
-            (Some(text), ..) => text.to_owned(),
-            (None, Some(prompt), Some(completion)) => format!("{prompt}{completion}"),
-            _ => return Err(Error::JsonFields { path: path.into(), line: i + 1 }),
-        };
-        ids.extend(tokenizer.encode(&document)?);
-        ids.extend(tokenizer.end);
-    }
-    Ok(ids)
-}
-
 /// Several texts, each a domain.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Corpus {
@@ -192,6 +118,19 @@ impl Corpus {
     /// [`Error::EmptyCorpus`], [`Error::SameDomain`], and those of [`Text::read`].
     pub fn read(paths: &[PathBuf], tokenizer: &Tokenizer) -> Result<Self> {
         paths.iter().map(|path| Text::read(path, tokenizer)).collect::<Result<Vec<_>>>().and_then(Self::new)
+    }
+
+    /// Reads the sources of a recipe, in the order given.
+    ///
+    /// # Errors
+    ///
+    /// As [`Corpus::read`].
+    pub fn of(sources: &[Source], tokenizer: &Tokenizer) -> Result<Self> {
+        let text = |source: &Source| {
+            let text = Text::read(&source.path, tokenizer)?;
+            Ok(Text { domain: source.domain().into_owned(), weight: source.weight, ..text })
+        };
+        sources.iter().map(text).collect::<Result<Vec<_>>>().and_then(Self::new)
     }
 
     /// A corpus of texts that are tokens already.
@@ -258,23 +197,29 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn documents_are_packed_with_the_end_token_after_each() {
-        let text = read("chat.jsonl", "{\"text\": \"a b\"}\n\n{\"prompt\": \"c \", \"completion\": \"d\"}\n").unwrap();
-        assert_eq!(text.ids, [1, 2, 0, 3, 4, 0]);
+    fn documents_are_cut_at_the_sample_and_at_the_validation_part() {
+        // 10 tokens, 8 of them calibration: documents of 3, 1 and 6 tokens, the last cut at 8.
+        let text = Text { ends: vec![3, 4, 10], ..Text::new("x", "x.txt", (0..10).collect()) };
+        assert_eq!(text.documents(100), [&[0, 1, 2][..], &[4, 5, 6, 7]]);
+        assert_eq!(text.documents(2), [&[0, 1][..], &[4, 5]]);
     }
 
     #[test]
-    fn bad_lines_are_named_by_file_and_line() {
-        let error = message("x.jsonl", "{\"text\": \"a\"}\n{\"text\": ");
-        assert!(error.contains("x.jsonl, line 2: not valid JSON"), "{error}");
-        let error = message("x.jsonl", "{\"text\": \"a\"}\n\n{\"prompt\": \"a\"}");
-        assert!(error.contains("x.jsonl, line 3: a document has"), "{error}");
+    fn sources_bring_their_names_and_weights() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = tiny(dir.path());
+        let path = dir.path().join("x.txt");
+        fs_err::write(&path, "a b").unwrap();
+        let named = Source { path: path.clone(), name: Some("code".into()), weight: 2.0 };
+        let corpus = Corpus::of(&[path.into(), named], &tokenizer).unwrap();
+        let seen: Vec<_> = corpus.texts().iter().map(|t| (t.domain.as_str(), t.weight)).collect();
+        assert_eq!(seen, [("x", 1.0), ("code", 2.0)]);
     }
 
     #[test]
     fn texts_that_cannot_be_read_say_why() {
         assert!(message("x.txt", " ").contains("the text is empty"));
-        assert!(message("x.md", "a").contains("a text is a .txt or a .jsonl file"));
+        assert!(message("x.md", "a").contains("a text is a .txt, .jsonl or .parquet file"));
         let dir = tempfile::tempdir().unwrap();
         let tokenizer = Tokenizer { vocab: 3, ..tiny(dir.path()) };
         let path = dir.path().join("x.txt");
@@ -292,7 +237,7 @@ pub(crate) mod tests {
 
     #[test]
     fn windows_do_not_overlap_and_the_partial_one_is_dropped() {
-        let text = Text { domain: "x".into(), path: "x.txt".into(), ids: (0..11).collect() };
+        let text = Text::new("x", "x.txt", (0..11).collect());
         assert_eq!(text.windows(4, None).unwrap(), [&[0, 1, 2, 3][..], &[4, 5, 6, 7]]);
         assert_eq!(text.windows(4, Some(7)).unwrap(), [&[0, 1, 2, 3][..]]);
         let error = text.windows(12, None).unwrap_err().to_string();
@@ -303,7 +248,7 @@ pub(crate) mod tests {
     #[test]
     fn a_corpus_has_texts_with_names_of_their_own() {
         assert!(matches!(Corpus::new(vec![]), Err(Error::EmptyCorpus)));
-        let text = |path: &str| Text { domain: "en".into(), path: path.into(), ids: vec![1] };
+        let text = |path: &str| Text::new("en", path, vec![1]);
         let error = Corpus::new(vec![text("a/en.txt"), text("b/en.txt")]).unwrap_err().to_string();
         assert!(error.contains("a/en.txt and b/en.txt are both the domain `en`"), "{error}");
     }
