@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod place;
+mod shapes;
 
 use std::process::{Output, Stdio};
 
@@ -470,17 +471,57 @@ fn the_log_is_quiet_or_json_as_asked() {
     assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
 }
 
+/// Recipes of models that are not bundled begin with the name of one of `tests/models/hub`.
 #[test]
 fn every_recipe_of_the_project_has_no_problem() {
     let place = Place::new();
+    let models = ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-r1"].map(|name| (name, shapes::write(name, place.path())));
     let mut checked = 0;
     for entry in fs_err::read_dir(place::root().join("configs")).unwrap().map(|entry| entry.unwrap().path()) {
         if entry.extension().is_some_and(|e| e == "toml") {
-            place.done(&["check", entry.to_str().unwrap(), "--out", "out"]);
+            let recipe = entry.file_name().unwrap().to_str().unwrap();
+            let model = models.iter().find(|(name, _)| recipe.starts_with(name)).map(|(_, dir)| dir.to_str().unwrap());
+            let shape: Vec<&str> = model.into_iter().flat_map(|dir| ["--model", dir]).collect();
+            place.done(&[&["check", entry.to_str().unwrap(), "--out", "out"], shape.as_slice()].concat());
             checked += 1;
         }
     }
-    assert!(checked > 0);
+    assert!(checked > 8);
+}
+
+#[test]
+fn a_plan_gives_its_curve_and_the_words_of_other_tools() {
+    let place = Place::new();
+    let mixed =
+        "bits_per_weight = 3.0\nruntime = \"transformers4\"\nchoices = [2, 3, 4, 8]\ncost = \"hessian\"\nexclude = [\"*self_attn*\"]\n";
+    place.write("r.toml", &small_recipe("gptq").replace("bits = 4\n", mixed));
+    let hours = place.done(&["plan", "r.toml", "--estimate"]);
+    assert!(
+        hours.contains("calibrate: table of losses") && hours.contains("apply: codes") && !place.path().join("out").exists(),
+        "{hours}"
+    );
+    let said = place.done(&["plan", "r.toml", "-q", "--pareto", "1.5..4:0.5"]);
+    assert!(said.contains("not possible: 1.500, 2.000;"), "{said}");
+    let csv = fs_err::read_to_string(place.path().join("out/moepress/pareto.csv")).unwrap();
+    let losses: Vec<f64> = csv.lines().skip(1).map(|line| line.split(',').nth(4).unwrap().parse().unwrap()).collect();
+    assert!(losses.len() == 4 && losses.is_sorted_by(|a, b| a > b), "{csv}");
+    assert!(fs_err::read_to_string(place.path().join("out/moepress/pareto.svg")).unwrap().starts_with("<svg"));
+    for (tool, file, part) in [
+        ("gptqmodel", "gptqmodel.json", "-:^model\\\\.layers\\\\.0\\\\.self_attn\\\\.q_proj$"),
+        ("llm-compressor", "llm-compressor.yaml", "re:^model[.]layers[.]0[.]mlp[.]experts[.]0[.]down_proj$"),
+    ] {
+        place.done(&["plan", "r.toml", "-q", "--for", tool]);
+        let text = fs_err::read_to_string(place.path().join("out/moepress").join(file)).unwrap();
+        assert!(text.contains(part), "{text}");
+    }
+    let compared: serde_json::Value =
+        serde_json::from_str(&place.done(&["plan", "r.toml", "-q", "--json", "--calibrate-curve", "3,4"])).unwrap();
+    let kl: Vec<f64> = compared.as_array().unwrap().iter().map(|point| point["kl"].as_f64().unwrap()).collect();
+    assert!(kl.len() == 2 && kl[0] > kl[1] && kl[1] > 0.0, "{compared}");
+    assert!(place.path().join("out/moepress/curve.csv").is_file() && !place.path().join("out/moepress/curve").exists());
+    // Rows of 192 inputs are no whole blocks of a k-quant.
+    let refused = place.said(&["plan", "r.toml", "-q", "--for", "llama-quantize"]);
+    snapshot!("plan-llama", refused);
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -56,6 +56,15 @@ pub enum Error {
     },
 
     // ---- plan, calibration ----
+    /// Widths that another tool has none of.
+    #[error("{tool} cannot be told this plan: {what}; choose other widths in allocate.choices or another runtime")]
+    Foreign {
+        /// The tool.
+        tool: &'static str,
+        /// What it has none of.
+        what: String,
+    },
+
     /// Experts that too few tokens reached, where the recipe's rule is to stop.
     #[error(
         "too few calibration tokens reached {}, and calibrate.undercalibrated says stop:{}\nask for more samples or \

@@ -5,6 +5,7 @@
 //! f32, and one matrix with its working copies (`16` bytes a weight).
 
 mod few;
+mod outputs;
 #[cfg(test)]
 mod tests;
 
@@ -17,20 +18,20 @@ use calib::backward::Receive;
 use calib::forward::Routed;
 use calib::pass::{Spread, Watch};
 use calib::stats::end_loss::{LayerWeights, SiteLoss};
-use calib::stats::{GateSums, Moment, Undercalibrated};
+use calib::stats::{GateSums, LayerStats, Moment, Store, Undercalibrated};
 use calib::{Model, Weights};
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
-use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Table, Wanted, row_weights};
-use crate::allocate::{Choice, Cost, Fill, Matrix};
+use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Solver, Table, Wanted, outlier_score, row_weights, scored};
+use crate::allocate::{Choice, Cost, Fill, Matrix, pmq};
 use crate::apply::boxed;
 use crate::blend::{self, LayerRows};
 use crate::objective::Coefficients;
-use crate::quantize::Quantizer;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result};
 use few::{Few, too_few};
+use outputs::Entered;
 
 /// Of the experts of a layer, every how many-th is solved where the table is estimated.
 const SAMPLE: usize = 16;
@@ -38,7 +39,7 @@ const SAMPLE: usize = 16;
 /// Fills a table.
 pub struct Survey<'a> {
     model: &'a Model,
-    quantizer: &'a Quantizer,
+    solver: Solver<'a>,
     cost: Cost,
     fill: Fill,
     choices: Vec<Choice>,
@@ -56,6 +57,10 @@ pub struct Survey<'a> {
     gates: Mutex<HashMap<Site, GateSums>>,
     entries: Mutex<BTreeMap<String, Entry>>,
     coefficients: Coefficients<'a>,
+    /// Rows that entered the MLPs in flight, for the costs that run them again.
+    entered: Mutex<HashMap<Site, Entered>>,
+    /// PMQ's knobs, and the tokens of one of its batches.
+    pmq: (pmq::Params, usize),
 }
 
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -66,7 +71,7 @@ impl<'a> Survey<'a> {
     /// A table over `matrices` as far as the cost covers them.
     pub fn new(
         model: &'a Model,
-        quantizer: &'a Quantizer,
+        solver: Solver<'a>,
         matrices: &'a [Matrix],
         (cost, fill, choices): (Cost, Fill, Vec<Choice>),
         (tokens, rule): (u64, Undercalibrated),
@@ -80,7 +85,7 @@ impl<'a> Survey<'a> {
         }
         Self {
             model,
-            quantizer,
+            solver,
             cost,
             fill,
             choices,
@@ -93,7 +98,15 @@ impl<'a> Survey<'a> {
             gates: Mutex::default(),
             entries: Mutex::default(),
             coefficients: Coefficients::new(model),
+            entered: Mutex::default(),
+            pmq: (pmq::Params::default(), usize::MAX),
         }
+    }
+
+    /// PMQ's knobs, for samples of so many tokens.
+    #[must_use]
+    pub fn with_pmq(self, params: pmq::Params, tokens: usize) -> Self {
+        Self { pmq: (params, params.batch * tokens), ..self }
     }
 
     fn layer_path(&self, layer: usize) -> PathBuf {
@@ -107,7 +120,7 @@ impl<'a> Survey<'a> {
 
     /// The watcher of the measuring pass, for the costs that need no other.
     pub fn watch(&self) -> Option<&dyn Watch> {
-        (self.cost == Cost::Hessian).then_some(self)
+        matches!(self.cost, Cost::Hessian | Cost::Output | Cost::Pmq).then_some(self)
     }
 
     /// Joins the layers' files into `sensitivity.json` and removes them.
@@ -119,7 +132,11 @@ impl<'a> Survey<'a> {
         let path = self.dir.join("sensitivity.json");
         if !path.is_file() {
             let mut entries = BTreeMap::new();
-            for layer in 0..layers {
+            if matches!(self.cost, Cost::Outlier | Cost::BlockImportance) {
+                entries = self.scores()?;
+            }
+            let filled = matches!(self.cost, Cost::Hessian | Cost::Output | Cost::Pmq | Cost::EndLoss);
+            for layer in (0..layers).filter(|_| filled) {
                 let path = self.layer_path(layer);
                 if !path.is_file() {
                     return Err(Error::Stage { path, what: "the losses of this layer are missing".into() });
@@ -127,6 +144,9 @@ impl<'a> Survey<'a> {
                 let text = fs_err::read(&path)?;
                 let found: BTreeMap<String, Entry> = serde_json::from_slice(&text).map_err(|source| Error::Json { path, source })?;
                 entries.extend(found);
+            }
+            if self.cost == Cost::Pmq {
+                self.weigh(&mut entries)?;
             }
             let model = self.model.checkpoint().fingerprint().to_owned();
             let (cost, fill, choices) = (self.cost, self.fill, self.choices.clone());
@@ -138,6 +158,90 @@ impl<'a> Survey<'a> {
         if parts.is_dir() {
             fs_err::remove_dir_all(parts)?;
         }
+        Ok(())
+    }
+
+    /// Scores that need no pass of their own, as losses.
+    fn scores(&self) -> Result<BTreeMap<String, Entry>> {
+        let store = Store::new(self.dir.join("stats"));
+        let mut entries = BTreeMap::new();
+        for job in self.jobs.values().flatten() {
+            let score = match self.cost {
+                Cost::Outlier => outlier_score(self.model.matrix(Role::Layer(job.layer, job.part))?.view()),
+                _ => importance(&store, job.layer)?,
+            };
+            let fits = |(choice, loss): (&Choice, f64)| choice.width(job.scale).group_len(job.shape[1]).is_ok().then_some(loss);
+            let solved = self.choices.iter().zip(scored(score, job.weights(), &self.choices)).map(fits).collect();
+            entries.insert(job.name.clone(), Entry { like: like(job), rounded: Vec::new(), solved });
+        }
+        Ok(entries)
+    }
+
+    /// Turns every expert's ε into PMQ's cost, a third for each of its matrices.
+    fn weigh(&self, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
+        let store = Store::new(self.dir.join("stats"));
+        let mut read: Option<(usize, LayerStats)> = None;
+        for job in self.jobs.values().flatten() {
+            let (Part::Expert(expert, _), Some(entry)) = (job.part, entries.get_mut(&job.name)) else { continue };
+            if read.as_ref().is_none_or(|(layer, _)| *layer != job.layer) {
+                read = Some((job.layer, store.get(job.layer)?));
+            }
+            let Some(experts) = read.as_ref().and_then(|(_, stats)| stats.experts.as_ref()) else { continue };
+            let share = |sums: Vec<f64>| sums[expert] / sums.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+            let phi = share(experts.router.load().iter().map(|&n| n as f64).collect());
+            let w = share(experts.router.mass.sum_axis(Axis(0)).to_vec());
+            for loss in entry.solved.iter_mut().flatten() {
+                *loss = self.pmq.0.cost(phi, w, *loss) / 3.0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Losses of an MLP's matrices when all the rows that enter it have been seen.
+    fn judge_mlp(&self, layer: usize, enter: Site) -> Result<()> {
+        let entered = held(&self.entered).remove(&enter).unwrap_or_default();
+        let parts = Projection::ALL.map(|p| outputs::part(enter, p));
+        let read = |part: Option<Part>| -> Result<Array2<f32>> {
+            Ok(part.map(|part| self.model.matrix(Role::Layer(layer, part))).transpose()?.unwrap_or_default())
+        };
+        let [gate, up, down] = [read(parts[0])?, read(parts[1])?, read(parts[2])?];
+        let mlp = outputs::Mlp { gate, up, down };
+        let wanted = self.wanted(enter);
+        let judge = outputs::Judge { choices: &self.choices, solver: self.solver, unit: 1.0 / self.tokens.max(1) as f64, wanted };
+        let epsilon = match self.cost {
+            Cost::Pmq => Some(outputs::epsilon(&self.choices, &mlp, &entered, self.pmq.1)?),
+            _ => None,
+        };
+        for which in Projection::ALL {
+            let Some((part, site)) = outputs::part(enter, which).and_then(|part| Some((part, part.site()?))) else { continue };
+            let Some(job) = self.jobs.get(&(layer, site)).and_then(|jobs| jobs.iter().find(|job| job.part == part)) else { continue };
+            let (rounded, solved) = match &epsilon {
+                Some(epsilon) => (Vec::new(), epsilon.clone()),
+                None => outputs::output(&judge, &mlp, &entered, which, job.scale)?,
+            };
+            held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved });
+        }
+        Ok(())
+    }
+
+    /// Whether MLPs are run again, and which site their rows are kept at.
+    fn reruns(&self) -> bool {
+        matches!(self.cost, Cost::Output | Cost::Pmq)
+    }
+
+    /// Whether rows that enter an MLP here are kept.
+    fn keeps(&self, layer: usize, site: Site) -> bool {
+        let of = |p| outputs::part(site, p).and_then(Part::site);
+        self.reruns() && Projection::ALL.into_iter().filter_map(of).any(|site| self.jobs.contains_key(&(layer, site)))
+    }
+
+    fn keep(&self, layer: usize, site: Site, rows: ArrayView2<'_, f32>, routed: Option<&Routed>) -> Result<()> {
+        let weights = self.coefficients.of(layer, site, rows, routed)?;
+        let mut entered = held(&self.entered).remove(&site).unwrap_or_default();
+        entered.rows.extend(rows.iter());
+        entered.weights.extend(weights);
+        entered.tokens.extend(routed.iter().flat_map(|routed| &routed.tokens));
+        held(&self.entered).insert(site, entered);
         Ok(())
     }
 
@@ -199,7 +303,7 @@ impl<'a> Survey<'a> {
         rows: impl Fn(Part) -> Option<&'r [f64]>,
     ) -> Result<()> {
         let Some(jobs) = self.jobs.get(&(layer, site)) else { return Ok(()) };
-        let shared = Shared::new(moment.into_matrix(), &self.choices, self.quantizer, unit, wanted)?;
+        let shared = Shared::new(moment.into_matrix(), &self.choices, self.solver, unit, wanted)?;
         for job in jobs {
             let w = self.model.matrix(Role::Layer(job.layer, job.part))?;
             let (mut rounded, mut solved) = shared.losses(w.view(), rows(job.part), job.scale, wanted)?;
@@ -257,6 +361,9 @@ impl<'a> Survey<'a> {
 
     /// Keeps what enters a layer's experts, if one of them that is wanted was given too few rows.
     fn enter(&self, layer: usize, rows: &Spread<'_>, loads: &[u64]) -> calib::Result<()> {
+        if self.reruns() {
+            return Ok(());
+        }
         let few = |site, rows| self.jobs.get(&(layer, site)).is_some_and(|jobs| too_few(self.rule, site, rows, jobs[0].shape[1]));
         if loads.iter().enumerate().any(|(e, &rows)| few(Site::ExpertIn(e), rows) || few(Site::ExpertDown(e), rows)) {
             let spec = self.model.spec();
@@ -284,6 +391,13 @@ fn before_down(site: Site) -> Option<(Site, Part)> {
     }
 }
 
+/// QuantMoE-Bench's importance of a layer's block of experts, by the mean cosine itself instead of a predictor of it; 0 without experts.
+fn importance(store: &Store, layer: usize) -> Result<f64> {
+    let Some(experts) = store.get(layer)?.experts else { return Ok(0.0) };
+    let tokens = experts.block.tokens.sum().max(1) as f64;
+    Ok(1.0 - experts.block.residual.sum() / tokens)
+}
+
 /// Row weights of gate or of up.
 fn of_part(rows: Option<&[Vec<f64>; 2]>, part: Part) -> Option<&[f64]> {
     rows.map(|[gate, up]| if projection(part) == Some(Projection::Gate) { gate.as_slice() } else { up })
@@ -303,6 +417,9 @@ fn like(matrix: &Matrix) -> String {
 
 impl Watch for Survey<'_> {
     fn wants(&self, layer: usize, site: Site) -> bool {
+        if self.reruns() {
+            return self.keeps(layer, site);
+        }
         let wanted = |site| self.jobs.contains_key(&(layer, site));
         wanted(site) || self.coefficients.needs(layer, site, wanted)
     }
@@ -310,12 +427,16 @@ impl Watch for Survey<'_> {
     fn rows(&self, layer: usize, site: Site, rows: &[f32], width: usize, routed: Option<&Routed>) -> calib::Result<()> {
         let count = rows.len() / width.max(1);
         match ArrayView2::from_shape((count, width), rows) {
+            Ok(rows) if self.reruns() => self.keep(layer, site, rows, routed).map_err(boxed),
             Ok(rows) => self.add(layer, site, rows, routed).map_err(boxed),
             Err(_) => Ok(()),
         }
     }
 
     fn gates(&self, _: usize, down: Site, gate: &[f32], up: &[f32], inner: usize, routed: Option<&Routed>) -> calib::Result<()> {
+        if self.reruns() {
+            return Ok(());
+        }
         let sums = GateSums::of(gate, up, inner, routed.map(|r| r.weights.as_slice()));
         held(&self.gates).entry(down).or_insert_with(|| GateSums::new(inner)).merge(&sums)
     }
@@ -325,7 +446,7 @@ impl Watch for Survey<'_> {
     }
 
     fn done(&self, layer: usize, site: Site) -> calib::Result<()> {
-        self.judge_outputs(layer, site).map_err(boxed)
+        if self.reruns() { self.judge_mlp(layer, site) } else { self.judge_outputs(layer, site) }.map_err(boxed)
     }
 
     fn layer_done(&self, layer: usize) -> calib::Result<()> {

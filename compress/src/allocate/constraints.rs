@@ -231,6 +231,16 @@ impl Constraints {
         }
     }
 
+    /// Bytes of a matrix as the runtime's exporter stores it: llama.cpp's type of so many bits for `gguf`, what `native` puts into its arenas (routed and shared experts) in tiles
+    /// of 64 by 128 (specs: kernels 2.2), everything else as compressed-tensors does.
+    pub fn bytes(&self, matrix: &Matrix, choice: &Choice) -> u64 {
+        match (self.runtime, matrix.kind()) {
+            (Some(Runtime::Native), Kind::Expert | Kind::Shared) => native_bytes(matrix, choice),
+            (Some(Runtime::Gguf), _) => ggml_bytes(matrix, choice),
+            _ => matrix.bytes(choice),
+        }
+    }
+
     /// Why a choice is none for a matrix, if it is none.
     pub fn objection(&self, matrix: &Matrix, choice: &Choice) -> Option<String> {
         if let Err(error) = choice.width(matrix.scale).group_len(matrix.shape[1]) {
@@ -245,6 +255,40 @@ impl Constraints {
         }
         self.runtime.and_then(|runtime| runtime.objection(kind, choice))
     }
+}
+
+/// Bytes of an expert's matrix in an arena: codes of rows and inputs padded to 64 and 128, a scale a padded row and group, zeros of half
+/// a byte up to 4 bits and one above, or of a scale's bytes where they are real; and its 32 bytes in the table of experts.
+fn native_bytes(matrix: &Matrix, choice: &Choice) -> u64 {
+    let [outputs, inputs] = matrix.shape.map(|side| side as u64);
+    let (rows, columns) = (outputs.next_multiple_of(64), inputs.next_multiple_of(128));
+    let groups = match choice.group {
+        Group::Size(size) => columns.div_ceil(size.max(1) as u64),
+        Group::PerChannel => 1,
+    };
+    let scale = if matrix.scale == ScaleType::F32 { 4 } else { 2 };
+    let zeros = match choice.grid {
+        Grid::Sym | Grid::Half => 0,
+        Grid::Asym if choice.bits <= 4 => (rows * groups).div_ceil(2),
+        Grid::Asym => rows * groups,
+        Grid::Offset => rows * groups * scale,
+    };
+    rows * columns * u64::from(choice.bits) / 8 + rows * groups * scale + zeros + 32
+}
+
+/// Bytes of llama.cpp's type of so many bits: q2_K, q3_K, q4_K, q5_K, q6_K and q8_0 have blocks of 84, 110, 144, 176 and 210 bytes for 256
+/// weights and of 34 for 32; other widths are counted by their bits, and the runtime has none of them.
+fn ggml_bytes(matrix: &Matrix, choice: &Choice) -> u64 {
+    let (block, bytes) = match choice.bits {
+        2 => (256, 84),
+        3 => (256, 110),
+        4 => (256, 144),
+        5 => (256, 176),
+        6 => (256, 210),
+        8 => (32, 34),
+        bits => (8, u64::from(bits)),
+    };
+    matrix.shape[0] as u64 * (matrix.shape[1] as u64).div_ceil(block) * bytes
 }
 
 /// What the members of a class have in common.
@@ -319,6 +363,20 @@ mod tests {
         let limited = Constraints { least: Limits { experts: Some(3), ..Limits::default() }, ..Constraints::default() };
         assert!(limited.objection(expert, &choice(2, Grid::Sym)).unwrap().contains("at least 3"));
         assert_eq!(limited.objection(&matrices[0], &choice(2, Grid::Sym)), None);
+    }
+
+    #[test]
+    fn native_counts_tiles_and_its_table() {
+        let rules = Constraints { runtime: Some(Runtime::Native), ..Constraints::default() };
+        let choice = |bits, grid| Choice { bits, group: Group::Size(32), grid };
+        let part = Part::Expert(0, Projection::Down);
+        let matrix = Matrix { name: "m".into(), layer: 0, part, shape: [70, 130], scale: ScaleType::Bf16 };
+        // 128 rows of 256 inputs at 3 bits, 8 groups: 12288 + 2048 of scales, 512 of zeros, 32 in the table.
+        assert_eq!(rules.bytes(&matrix, &choice(3, Grid::Half)), 12288 + 2048 + 32);
+        assert_eq!(rules.bytes(&matrix, &choice(3, Grid::Asym)), 12288 + 2048 + 512 + 32);
+        assert_eq!(rules.bytes(&matrix, &choice(8, Grid::Offset)), 32768 + 2 * 2048 + 32);
+        let query = Matrix { part: Part::Query, shape: [64, 128], ..matrix };
+        assert_eq!(rules.bytes(&query, &choice(3, Grid::Half)), query.bytes(&choice(3, Grid::Half)));
     }
 
     #[test]

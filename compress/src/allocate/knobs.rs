@@ -268,6 +268,38 @@ impl Limits {
     }
 }
 
+/// Layers on one device, and the bytes that it has for their quantized matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceBytes {
+    /// First and last decoder layer.
+    pub layers: [usize; 2],
+    /// Bytes, such as "24GB".
+    pub bytes: Size,
+}
+
+/// What a token may take in the kernels of the quantized matrices.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Speed {
+    /// Seconds a token, at most; an expert's matrices count as often as calibration tokens reach it.
+    #[schemars(range(min = 0.0))]
+    pub seconds_per_token: f64,
+    /// What each width takes, one entry a number of bits.
+    pub kernels: Vec<Kernel>,
+}
+
+/// What a kernel takes.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// Bits a code.
+    pub bits: u8,
+    /// Nanoseconds for a million weights.
+    #[schemars(range(min = 0.0))]
+    pub nanoseconds_per_million: f64,
+}
+
 /// What a width is predicted to cost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -275,6 +307,15 @@ pub enum Cost {
     /// Squared error of the MLPs' output over the calibration tokens, from second moments weighted with the squared routing
     /// weight. Has no unit for attention matrices.
     Hessian,
+    /// The same error measured: what comes out of the MLP with the matrix quantized against what comes out without, over the
+    /// calibration tokens, weighted with the squared routing weight.
+    Output,
+    /// MC-MoE's `φ^α · w^β · ε^γ` of an expert, one width for its three matrices.
+    Pmq,
+    /// QuantMoE-Bench's outlier score of a matrix, which says which come first; of experts alone.
+    Outlier,
+    /// QuantMoE-Bench's importance of a block, one minus the mean cosine of what enters it and what leaves it; of experts alone.
+    BlockImportance,
     /// Nats of KL divergence at the end of the model, from a backward pass: one unit for every matrix.
     #[default]
     EndLoss,
@@ -285,6 +326,10 @@ impl Cost {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Hessian => "hessian",
+            Self::Output => "output",
+            Self::Pmq => "pmq",
+            Self::Outlier => "outlier",
+            Self::BlockImportance => "block_importance",
             Self::EndLoss => "end_loss",
         }
     }
@@ -292,7 +337,9 @@ impl Cost {
     /// Whether it can tell what a width of this kind of matrix costs.
     pub fn covers(&self, kind: Kind) -> bool {
         match self {
-            Self::Hessian => matches!(kind, Kind::Expert | Kind::Shared | Kind::Dense),
+            Self::Hessian | Self::Output => matches!(kind, Kind::Expert | Kind::Shared | Kind::Dense),
+            Self::Pmq => kind == Kind::Expert,
+            Self::Outlier | Self::BlockImportance => matches!(kind, Kind::Expert | Kind::Shared),
             Self::EndLoss => true,
         }
     }
@@ -307,6 +354,13 @@ pub enum Fill {
     Solve,
     /// Every matrix is rounded at every width, one expert in sixteen is solved as well, and the rest takes the ratio of the two.
     Estimate,
+}
+
+impl Fill {
+    /// Whether nothing is estimated.
+    pub fn is_solved(self) -> bool {
+        self == Self::Solve
+    }
 }
 
 #[cfg(test)]

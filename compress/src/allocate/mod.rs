@@ -3,6 +3,7 @@
 //! [`sensitivity`] says what a width is predicted to cost a matrix, [`constraints`] which matrices must share one and which widths there
 //! are, [`program`] finds the widths with the least total loss within a number of bytes, and [`decide`](decide::decide) joins the three.
 
+pub mod by_layer;
 pub mod constraints;
 pub mod decide;
 mod glob;
@@ -11,6 +12,7 @@ mod knobs;
 pub mod pmq;
 pub mod program;
 pub mod sensitivity;
+pub mod several;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -18,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use constraints::{Constraints, GateUp, Matrix, Packed, Runtime};
 pub use decide::{Account, Decision, Undecided};
 pub use glob::Glob;
-pub use knobs::{Choice, ChoiceKnob, Cost, Fill, GridKnob, GroupKnob, Limits, Size};
+pub use knobs::{Choice, ChoiceKnob, Cost, DeviceBytes, Fill, GridKnob, GroupKnob, Kernel, Limits, Size, Speed};
 
 use crate::quantize::Grid;
 
@@ -66,9 +68,18 @@ pub struct Allocate {
     /// What a width is predicted to cost.
     #[serde(default)]
     pub cost: Cost,
+    /// Knobs of the cost `pmq`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pmq: Option<pmq::Params>,
     /// How much of the table of costs is solved.
     #[serde(default)]
     pub fill: Fill,
+    /// Bytes that each of several devices has for the quantized matrices of its layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceBytes>,
+    /// Time that a token may take in the kernels of the quantized matrices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Speed>,
     /// Bits of the embedding (8, 6 or 4), rounded to nearest in symmetric groups; it keeps the source's dtype unless they are named.
     /// Where the head is tied to it, the head's too. The dense export alone holds it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

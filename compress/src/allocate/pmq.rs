@@ -3,12 +3,20 @@
 //! One integer program a layer: minimize `Σ_e φ_e^α · w_e^β · ε_{e,b}^γ` with one width `b ∈ {1, 2, 3}` an expert, at most
 //! `total` bits over all experts, and, where the presence rule is on, at least one expert at 3 and one at 2 bits. The paper says
 //! `(α, β, γ) = (1, 1.5, 2)`; the code never uses its γ and computes `(1, 1.5, 1)`, which reproduces all its shipped allocations.
-//! Solved exactly by dynamic programming over (bits used, a 3 seen, a 2 seen).
+//! Solved exactly by dynamic programming over (bytes used, a 3 seen, a 2 seen), in which a state that takes more bytes and costs more
+//! than another with the same flags is dropped.
+//!
+//! `ε` is the error of the block's output when this expert alone is rounded by MC-MoE's trial quantizer: a sum over batches of
+//! un-squared norms, so that the batch partition changes it ([`Params::batch`]).
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::program::Choice;
+
 /// Exponents and rules of PMQ.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "Pmq")]
 #[serde(deny_unknown_fields, default)]
 pub struct Params {
     /// Exponent of φ, an expert's share of the selections.
@@ -19,16 +27,31 @@ pub struct Params {
     pub gamma: f64,
     /// Whether at least one expert must have 3 and one 2 bits.
     pub presence: Presence,
+    /// Calibration samples whose errors are one norm of `ε`; MC-MoE has 8 of 2048 tokens.
+    #[schemars(range(min = 1))]
+    pub batch: usize,
+    /// Whether every layer has a program of its own.
+    pub scope: Scope,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { alpha: 1.0, beta: 1.5, gamma: 1.0, presence: Presence::Required }
+        Self { alpha: 1.0, beta: 1.5, gamma: 1.0, presence: Presence::Required, batch: 8, scope: Scope::Layer }
     }
 }
 
+/// Over what bytes are shared out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// One program a layer, each with its share of the bytes, as PMQ has it.
+    Layer,
+    /// One program over all layers; there is no presence rule then.
+    Model,
+}
+
 /// PMQ's presence rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Presence {
     /// At least one expert at 3 bits and one at 2.
@@ -62,6 +85,13 @@ pub struct Infeasible {
     pub most: usize,
 }
 
+impl Params {
+    /// `φ^α · w^β · ε^γ` of an expert, with φ and w as its shares of the layer's selections and mass.
+    pub fn cost(&self, phi: f64, w: f64, epsilon: f64) -> f64 {
+        phi.powf(self.alpha) * w.powf(self.beta) * epsilon.powf(self.gamma)
+    }
+}
+
 /// Bits of every expert of one layer, `[experts]`, with at most `total` bits over all of them.
 ///
 /// # Errors
@@ -70,41 +100,65 @@ pub struct Infeasible {
 pub fn allocate(experts: &[Expert], total: usize, params: &Params) -> Result<Vec<u8>, Infeasible> {
     let n = experts.len();
     let (selections, mass): (f64, f64) = (experts.iter().map(|e| e.selections).sum(), experts.iter().map(|e| e.mass).sum());
-    let states = (3 * n + 1) * 4;
-    let mut best = vec![f64::INFINITY; states];
-    best[0] = 0.0;
-    let mut picks: Vec<Vec<u8>> = Vec::with_capacity(n);
-    for expert in experts {
-        let weight = (expert.selections / selections).powf(params.alpha) * (expert.mass / mass).powf(params.beta);
-        let mut next = vec![f64::INFINITY; states];
-        let mut pick = vec![0u8; states];
-        for (state, &cost) in best.iter().enumerate().filter(|(_, c)| c.is_finite()) {
-            for bits in 1..=3usize {
-                let seen = (state % 4) | [0, 2, 1][bits - 1];
-                let to = (state / 4 + bits) * 4 + seen;
-                let new = cost + weight * expert.errors[bits - 1].powf(params.gamma);
-                if to < states && new < next[to] {
-                    next[to] = new;
-                    // The width, and the flags before it: two states with other flags can reach the same one.
-                    pick[to] = (bits * 4 + state % 4) as u8;
-                }
+    let options = |e: &Expert| -> Vec<Choice> {
+        let cost = |error: f64| params.cost(e.selections / selections, e.mass / mass, error);
+        (1..=3).zip(e.errors).map(|(bytes, error)| Choice { bytes, loss: cost(error) }).collect()
+    };
+    let required: &[usize] = if params.presence == Presence::Required { &[2, 1] } else { &[] };
+    let classes: Vec<Vec<Choice>> = experts.iter().map(options).collect();
+    match choose(&classes, total as u64, required) {
+        Some(chosen) => Ok(chosen.into_iter().map(|option| option as u8 + 1).collect()),
+        None => {
+            let extra = if required.is_empty() { 0 } else { 3 };
+            Err(Infeasible { experts: n, total, least: n + extra, most: 3 * n - usize::from(extra > 0) })
+        }
+    }
+}
+
+/// A choice for the first few experts.
+#[derive(Clone, Copy)]
+struct State {
+    /// Which of the required options have been chosen.
+    seen: u8,
+    bytes: u64,
+    loss: f64,
+    parent: u32,
+    option: u32,
+}
+
+/// The options, `[experts]`, with the least loss within `bytes` where every one of the options `required` is taken by some expert; every
+/// expert has the same options. `None` where there is no such choice.
+pub fn choose(classes: &[Vec<Choice>], bytes: u64, required: &[usize]) -> Option<Vec<usize>> {
+    let flag = |option: usize| required.iter().position(|&r| r == option).map_or(0, |i| 1_u8 << i);
+    let mut levels = vec![vec![State { seen: 0, bytes: 0, loss: 0.0, parent: 0, option: 0 }]];
+    for options in classes {
+        let mut next = Vec::new();
+        for (parent, state) in levels.last().into_iter().flatten().enumerate() {
+            for (option, choice) in options.iter().enumerate().filter(|(_, c)| state.bytes + c.bytes <= bytes) {
+                let (seen, loss) = (state.seen | flag(option), state.loss + choice.loss);
+                next.push(State { seen, bytes: state.bytes + choice.bytes, loss, parent: parent as u32, option: option as u32 });
             }
         }
-        best = next;
-        picks.push(pick);
+        next.sort_by(|a, b| a.seen.cmp(&b.seen).then(a.bytes.cmp(&b.bytes)).then(a.loss.total_cmp(&b.loss)));
+        let mut least: (u8, f64) = (0, f64::INFINITY);
+        next.retain(|state| {
+            let better = state.seen != least.0 || state.loss < least.1;
+            if better {
+                least = (state.seen, state.loss);
+            }
+            better
+        });
+        levels.push(next);
     }
-    let fits = |s: usize| s / 4 <= total && best[s].is_finite() && (params.presence == Presence::Free || s % 4 == 3);
-    let Some(mut state) = (0..states).filter(|&s| fits(s)).min_by(|&a, &b| best[a].total_cmp(&best[b]).then(a.cmp(&b))) else {
-        let extra = if params.presence == Presence::Required { 3 } else { 0 };
-        return Err(Infeasible { experts: n, total, least: n + extra, most: 3 * n - usize::from(extra > 0) });
-    };
-    let mut bits = vec![0u8; n];
-    for (e, pick) in picks.iter().enumerate().rev() {
-        let (width, seen) = (pick[state] / 4, pick[state] % 4);
-        bits[e] = width;
-        state = (state / 4 - usize::from(width)) * 4 + usize::from(seen);
+    let all = (1_u8 << required.len()) - 1;
+    let last = levels.last()?;
+    let mut at = (0..last.len()).filter(|&s| last[s].seen == all).min_by(|&a, &b| last[a].loss.total_cmp(&last[b].loss))?;
+    let mut chosen = vec![0; classes.len()];
+    for (level, option) in levels[1..].iter().zip(&mut chosen).rev() {
+        *option = level[at].option as usize;
+        at = level[at].parent as usize;
     }
-    Ok(bits)
+    Some(chosen)
 }
 
 #[cfg(test)]

@@ -14,6 +14,9 @@ use super::hull::{self, Step};
 /// States that the exact sweep may hold at once; above it the best answer so far is returned with its gap.
 pub const STATES: usize = 1 << 18;
 
+/// States that it may hold over all classes: where thousands are alike (a plan without measured losses) every level would be large.
+const ALL_STATES: usize = 1 << 20;
+
 /// One way to store a tie class.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
@@ -191,7 +194,7 @@ fn sweep(
         best = total(&levels[0][0]);
         winner = Some((0, 0));
     }
-    let mut proven = true;
+    let (mut proven, mut all) = (true, 0);
     for (class, open) in core {
         let from = levels.last().map_or(&[][..], Vec::as_slice);
         let own = classes[*class][base[*class]].bytes as i64;
@@ -212,7 +215,8 @@ fn sweep(
                 winner = Some((levels.len(), p));
             }
         }
-        let full = next.len() > STATES;
+        all += next.len();
+        let full = next.len() > STATES || all > ALL_STATES;
         levels.push(next);
         if full {
             proven = false;

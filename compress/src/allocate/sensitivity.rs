@@ -9,6 +9,9 @@
 //! `u = W_u x` and the means are weighted with `c²`. A sum over the tokens that an expert saw, not their mean: how often it is used
 //! is part of what its error costs.
 //!
+//! `output` is the same error, measured at the MLP's output instead of derived; `pmq` is the cost of [`pmq`](super::pmq). `outlier` and
+//! `block_importance` are QuantMoE-Bench's scores, which say which matrices come first and nothing about widths.
+//!
 //! `end_loss` is nats of KL divergence at the end of the model ([`calib::stats::end_loss`]): `v` and `r` come from a backward pass.
 
 use std::collections::BTreeMap;
@@ -22,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::knobs::{Choice, Cost, Fill};
 use crate::Result;
 use crate::quantize::factor::{Factor, factorize};
-use crate::quantize::{Quantizer, gptq, hqq, rtn};
+use crate::quantize::{Quantizer, Refine, descent, gptq, hqq, rtn};
 
 /// Losses of one matrix, `[choices]`; `None` where the choice does not fit the matrix.
 pub type Losses = Vec<Option<f64>>;
@@ -125,6 +128,25 @@ pub fn assumed(weights: u64, choices: &[Choice]) -> Vec<f64> {
     choices.iter().map(|c| weights as f64 * 0.25_f64.powi(i32::from(c.bits))).collect()
 }
 
+/// QuantMoE-Bench's outlier score of a matrix `[out, in]` (arXiv 2406.08155): the largest over its input columns of the column's largest
+/// weight over its mean one, in absolute values. A column of zeros has 0.
+pub fn outlier_score(w: ArrayView2<'_, f32>) -> f64 {
+    let score = |column: ndarray::ArrayView1<'_, f32>| {
+        let (largest, sum) = column.iter().fold((0.0_f64, 0.0_f64), |(most, sum), &w| {
+            let size = f64::from(w).abs();
+            (most.max(size), sum + size)
+        });
+        if sum > 0.0 { largest * column.len() as f64 / sum } else { 0.0 }
+    };
+    w.columns().into_iter().map(score).fold(0.0, f64::max)
+}
+
+/// Losses of a matrix of so many weights by a score that says how important they are, and nothing about widths: as [`assumed`], in
+/// proportion to it. Of equal matrices the one with the larger score is given bits first.
+pub fn scored(score: f64, weights: u64, choices: &[Choice]) -> Vec<f64> {
+    assumed(weights, choices).into_iter().map(|loss| score * loss).collect()
+}
+
 /// `(ΔW H ΔWᵀ)_ii`: what a change `[out, in]` costs a row, with `h` the whole second moment, `[in, in]`. `[out]`.
 pub fn row_errors(change: &Array2<f32>, h: &Array2<f32>) -> Vec<f64> {
     let through = product(change.view(), h.view());
@@ -134,6 +156,15 @@ pub fn row_errors(change: &Array2<f32>, h: &Array2<f32>) -> Vec<f64> {
     change.rows().into_iter().zip(through.rows()).map(row).collect()
 }
 
+/// Who will choose the codes, and what improves them: losses are those that they leave.
+#[derive(Clone, Copy, Debug)]
+pub struct Solver<'a> {
+    /// The quantizer.
+    pub quantizer: &'a Quantizer,
+    /// What improves its codes.
+    pub refine: Option<&'a Refine>,
+}
+
 /// A site's second moment with everything that its matrices share.
 pub struct Shared<'a> {
     h: Array2<f32>,
@@ -141,7 +172,7 @@ pub struct Shared<'a> {
     /// `None` where the quantizer rounds, or no token came.
     factor: Option<Factor>,
     choices: &'a [Choice],
-    quantizer: &'a Quantizer,
+    solver: Solver<'a>,
     /// What a sum over tokens is multiplied by.
     unit: f64,
 }
@@ -163,17 +194,17 @@ impl<'a> Shared<'a> {
     /// # Errors
     ///
     /// As [`factorize`].
-    pub fn new(h: Array2<f32>, choices: &'a [Choice], quantizer: &'a Quantizer, unit: f64, wanted: Wanted) -> Result<Self> {
+    pub fn new(h: Array2<f32>, choices: &'a [Choice], solver: Solver<'a>, unit: f64, wanted: Wanted) -> Result<Self> {
         let diagonal = h.diag().to_vec();
         let inputs = diagonal.len();
         let groups: Vec<_> = choices.iter().filter(|c| c.width(ScaleType::Bf16).group_len(inputs).is_ok()).map(|c| c.group).collect();
-        let factor = match quantizer {
+        let factor = match solver.quantizer {
             Quantizer::Gptq(params) if wanted != Wanted::Rounded && !groups.is_empty() && diagonal.iter().any(|&d| d > 0.0) => {
                 Some(factorize(h.view(), &groups, params)?)
             }
             _ => None,
         };
-        Ok(Self { h, diagonal, factor, choices, quantizer, unit })
+        Ok(Self { h, diagonal, factor, choices, solver, unit })
     }
 
     /// Losses of one matrix `w`, `[out, in]`, whose rows count `rows` each, `[out]`; `None`: 1 each.
@@ -182,30 +213,49 @@ impl<'a> Shared<'a> {
     ///
     /// What a quantizer refuses.
     pub fn losses(&self, w: ArrayView2<'_, f32>, rows: Option<&[f64]>, scale: ScaleType, wanted: Wanted) -> Result<(Losses, Losses)> {
+        self.judge(w, scale, wanted, &|quantized| self.loss(w, rows, quantized))
+    }
+
+    /// As [`Shared::losses`], with another word on what a quantized matrix loses.
+    ///
+    /// # Errors
+    ///
+    /// What a quantizer refuses.
+    pub fn judge(
+        &self,
+        w: ArrayView2<'_, f32>,
+        scale: ScaleType,
+        wanted: Wanted,
+        loss: &dyn Fn(&Array2<f32>) -> f64,
+    ) -> Result<(Losses, Losses)> {
         let (mut rounded, mut solved) = (Vec::new(), Vec::new());
         for choice in self.choices {
             let width = choice.width(scale);
             let fits = width.group_len(w.ncols()).is_ok();
             if wanted != Wanted::Solved {
-                let loss = || -> Result<f64> { Ok(self.loss(w, rows, &self.round(w, &width)?)) };
-                rounded.push(fits.then(loss).transpose()?);
+                rounded.push(fits.then(|| self.round(w, &width).map(|q| loss(&q))).transpose()?);
             }
             if wanted != Wanted::Rounded {
-                let loss = || -> Result<f64> {
-                    let matrix = match (&self.factor, self.quantizer) {
-                        (Some(factor), Quantizer::Gptq(params)) => gptq::gptq(w, factor, &width, params)?.matrix.dequantize(),
-                        _ => self.round(w, &width)?,
-                    };
-                    Ok(self.loss(w, rows, &matrix))
-                };
-                solved.push(fits.then(loss).transpose()?);
+                solved.push(fits.then(|| self.solve(w, &width).map(|q| loss(&q))).transpose()?);
             }
         }
         Ok((rounded, solved))
     }
 
+    /// What the solver makes of `w`, dequantized: refined by descent where that is asked for.
+    fn solve(&self, w: ArrayView2<'_, f32>, width: &crate::quantize::Width) -> Result<Array2<f32>> {
+        let (Some(factor), Quantizer::Gptq(params)) = (&self.factor, self.solver.quantizer) else { return self.round(w, width) };
+        let solved = gptq::gptq(w, factor, width, params)?.matrix;
+        // Learned codes start from those of the descent, if it has one; what learning adds is not known to the table.
+        Ok(match self.solver.refine.and_then(Refine::descent) {
+            Some(params) => descent::descent(w, &solved, self.h.view(), factor.lambda(), &params)?.matrix,
+            None => solved,
+        }
+        .dequantize())
+    }
+
     fn round(&self, w: ArrayView2<'_, f32>, width: &crate::quantize::Width) -> Result<Array2<f32>> {
-        Ok(match self.quantizer {
+        Ok(match self.solver.quantizer {
             Quantizer::Rtn(params) => rtn::rtn(w, width, params)?,
             Quantizer::Hqq(_) => hqq::hqq(w, width)?,
             Quantizer::Gptq(params) => rtn::rtn_weighted(w, &self.diagonal, width, &rtn::Params { clips: params.clips })?,
@@ -234,6 +284,15 @@ mod tests {
     use crate::quantize::Grid;
     use kernels::Group;
     use ndarray::array;
+
+    #[test]
+    fn outliers_by_hand() {
+        // Columns (1, −1): 1; (3, 1): 3 / 2; zeros: 0.
+        assert_eq!(outlier_score(array![[1.0_f32, 3.0, 0.0], [-1.0, 1.0, 0.0]].view()), 1.5);
+        assert_eq!(outlier_score(Array2::<f32>::zeros((0, 3)).view()), 0.0);
+        let choices = [2, 3].map(|bits| Choice { bits, group: Group::Size(8), grid: Grid::Sym });
+        assert_eq!(scored(2.0, 32, &choices), [4.0, 1.0]);
+    }
 
     #[test]
     fn row_errors_by_hand() {
@@ -280,10 +339,11 @@ mod tests {
         };
         let choices = [Choice { bits: 3, group: Group::Size(64), grid: Grid::Asym }];
         let quantizer = Quantizer::Gptq(gptq::Params::default());
+        let solver = Solver { quantizer: &quantizer, refine: None };
         for (which, w, h, rows) in
             [(0, &gate, moment(&x), Some(&gate_rows)), (1, &up, moment(&x), Some(&up_rows)), (2, &down, moment(&inner), None)]
         {
-            let shared = Shared::new(h, &choices, &quantizer, 1.0 / tokens as f64, Wanted::Both).unwrap();
+            let shared = Shared::new(h, &choices, solver, 1.0 / tokens as f64, Wanted::Both).unwrap();
             let (rounded, solved) = shared.losses(w.view(), rows.map(Vec::as_slice), ScaleType::Bf16, Wanted::Both).unwrap();
             assert!(solved[0].unwrap() < rounded[0].unwrap());
             let width = choices[0].width(ScaleType::Bf16);
@@ -318,11 +378,28 @@ mod tests {
     }
 
     #[test]
+    fn losses_are_those_after_the_refinement() {
+        let (w, x) = (noise(32, 64, 6), noise(256, 64, 7));
+        let h = product(x.t(), x.view());
+        let choices = [Choice { bits: 2, group: Group::Size(32), grid: Grid::Sym }];
+        let quantizer = Quantizer::Gptq(gptq::Params::default());
+        let refine = Refine::Descent(descent::Params::default());
+        let loss = |refine: Option<&Refine>| {
+            let solver = Solver { quantizer: &quantizer, refine };
+            let shared = Shared::new(h.clone(), &choices, solver, 1.0, Wanted::Solved).unwrap();
+            shared.losses(w.view(), None, ScaleType::Bf16, Wanted::Solved).unwrap().1[0].unwrap()
+        };
+        let (plain, refined) = (loss(None), loss(Some(&refine)));
+        assert!(refined < 0.98 * plain, "{refined} after {plain}");
+    }
+
+    #[test]
     fn a_choice_that_does_not_fit_has_no_loss() {
         let choices =
             [Choice { bits: 2, group: Group::Size(3), grid: Grid::Sym }, Choice { bits: 2, group: Group::Size(4), grid: Grid::Sym }];
         let quantizer = Quantizer::Gptq(gptq::Params::default());
-        let shared = Shared::new(Array2::eye(8), &choices, &quantizer, 1.0, Wanted::Solved).unwrap();
+        let solver = Solver { quantizer: &quantizer, refine: None };
+        let shared = Shared::new(Array2::eye(8), &choices, solver, 1.0, Wanted::Solved).unwrap();
         let (rounded, solved) = shared.losses(noise(4, 8, 5).view(), None, ScaleType::Bf16, Wanted::Solved).unwrap();
         assert!(rounded.is_empty() && solved[0].is_none() && solved[1].is_some());
     }

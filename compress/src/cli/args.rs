@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::allocate::Size;
+use crate::plan::Range;
 
 /// Compresses Mixture-of-Experts checkpoints after training.
 ///
@@ -69,7 +70,7 @@ pub(super) enum Command {
     /// Up to the choice of experts: which stay, and how clearly
     Prune(PruneArgs),
     /// Up to the plan: decide what becomes of every tensor
-    Plan(StageArgs),
+    Plan(PlanArgs),
     /// Up to the output: everything but the evaluation
     Apply(StageArgs),
     /// Perplexity of a checkpoint on texts; with --reference also KL divergence and top-1 agreement
@@ -118,6 +119,37 @@ pub(super) struct StageArgs {
     pub memory: Option<Size>,
     #[command(flatten)]
     pub format: Json,
+}
+
+/// The plan stage, and what is asked of its table afterwards.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("asked").args(["pareto", "calibrate_curve", "for_tool", "estimate"]))]
+pub(super) struct PlanArgs {
+    #[command(flatten)]
+    pub stage: StageArgs,
+    /// Share out every budget of a range of bits a weight from the one table; leaves pareto.csv and pareto.svg beside the plan
+    #[arg(long, value_name = "FROM..TO[:STEP]")]
+    pub pareto: Option<Range>,
+    /// Make and measure an output for each of these bits a weight, and compare with what was predicted; leaves curve.csv
+    #[arg(long, value_name = "BITS", num_args = 1.., value_delimiter = ',')]
+    pub calibrate_curve: Vec<f64>,
+    /// Also write the plan in another tool's words beside it
+    #[arg(long = "for", value_name = "TOOL")]
+    pub for_tool: Option<ForTool>,
+    /// Measure this machine's rates on samples and say how long the stages will take; do nothing else
+    #[arg(long)]
+    pub estimate: bool,
+}
+
+/// Tools that quantize by a plan of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ForTool {
+    /// llama.cpp: --tensor-type-file
+    LlamaQuantize,
+    /// GPTQModel: QuantizeConfig with dynamic
+    Gptqmodel,
+    /// llm-compressor: a recipe
+    LlmCompressor,
 }
 
 /// A size with its unit.

@@ -13,13 +13,13 @@ use clap::CommandFactory;
 use serde::Serialize;
 use serde_json::json;
 
-use super::args::{Cli, Command, EmitArgs, EvalArgs, Global, InspectArgs, PruneArgs, RecipeArgs, RoundTo, StageArgs};
+use super::args::{Cli, Command, EmitArgs, EvalArgs, ForTool, Global, InspectArgs, PlanArgs, PruneArgs, RecipeArgs, RoundTo, StageArgs};
 use super::console::Console;
 use super::imatrix;
 use super::inspect::{self, Detail};
 use super::stats::stats;
 use crate::packed::{self, ExpertRounding};
-use crate::plan::{self, Experts, Shape};
+use crate::plan::{self, Experts, Shape, Tool};
 use crate::recipe::{self, Loaded};
 use crate::run::{self, Earlier, Finished, Options, Stage};
 use crate::{Error, Result, dump, reduce, report};
@@ -36,7 +36,7 @@ pub(super) fn run(cli: &Cli, console: &Console) -> Result<String> {
         Command::Run(args) => stages(args, Stage::Evaluate, &cli.global, console),
         Command::Calibrate(args) => stages(args, Stage::Calibrate, &cli.global, console),
         Command::Prune(args) => prune(args, &cli.global, console),
-        Command::Plan(args) => stages(args, Stage::Plan, &cli.global, console),
+        Command::Plan(args) => plan(args, &cli.global, console),
         Command::Apply(args) => stages(args, Stage::Export, &cli.global, console),
         Command::Eval(args) => eval(args, cli.global.device.open()?, console.progress().as_ref()),
         Command::Imatrix(args) => imatrix::run(args),
@@ -81,7 +81,11 @@ fn load(args: &RecipeArgs) -> Result<Loaded> {
 fn check(args: &RecipeArgs) -> Result<String> {
     let loaded = load(args)?;
     let run::Prepared { shape, model } = run::prepare(&loaded)?;
-    let problems = run::check_space(&loaded, &run::left(&loaded.recipe, &model, &shape))?;
+    // Nothing can be written of a checkpoint without data.
+    let problems = match model.checkpoint().is_shape_only() {
+        true => Vec::new(),
+        false => run::check_space(&loaded, &run::left(&loaded.recipe, &model, &shape))?,
+    };
     if !problems.is_empty() {
         return Err(loaded.source.invalid(problems).into());
     }
@@ -122,6 +126,47 @@ fn prune(args: &PruneArgs, global: &Global, console: &Console) -> Result<String>
         return pretty(&json!({ "experts": experts, "sureness": sureness }));
     }
     Ok(report::experts(&experts, sureness.as_ref()))
+}
+
+/// The plan stage, and what is asked of its table.
+fn plan(args: &PlanArgs, global: &Global, console: &Console) -> Result<String> {
+    let loaded = load(&args.stage.recipe)?;
+    let as_json = args.stage.format.json;
+    if args.estimate {
+        let items = run::estimate(&loaded)?;
+        return if as_json { pretty(&items) } else { Ok(report::estimate(&items)) };
+    }
+    let text = stages(&args.stage, Stage::Plan, global, console)?;
+    let dir = loaded.recipe.out.clone().unwrap_or_default().join("moepress");
+    if let Some(range) = &args.pareto {
+        let sweep = run::pareto(&loaded, range)?;
+        return if as_json { pretty(&sweep.points) } else { Ok(report::curve::sweep(&sweep, &dir)) };
+    }
+    if !args.calibrate_curve.is_empty() {
+        let how = (global.device.open()?, args.stage.memory.map(|size| size.0));
+        let found = run::calibrate_curve(&loaded, &args.calibrate_curve, how, console.progress().as_ref())?;
+        return if as_json { pretty(&found) } else { Ok(report::curve::compared(&found)) };
+    }
+    let Some(tool) = args.for_tool else { return Ok(text) };
+    let tool = match tool {
+        ForTool::LlamaQuantize => Tool::LlamaQuantize,
+        ForTool::Gptqmodel => Tool::GptqModel,
+        ForTool::LlmCompressor => Tool::LlmCompressor,
+    };
+    let (path, account) = run::plan_for(&loaded, tool)?;
+    Ok(match account {
+        Some(account) if as_json => pretty(&account)?,
+        Some(account) => {
+            format!(
+                "{}: {} of weights, predicted loss {:.6} ({})\n",
+                path.display(),
+                report::bytes(account.bytes),
+                account.loss,
+                account.cost
+            )
+        }
+        None => format!("{}\n", path.display()),
+    })
 }
 
 /// How many tokens reached each expert.

@@ -3,8 +3,10 @@
 //! `plan.json` holds no time stamp and no absolute path, and its keys are sorted: the same inputs give the same bytes.
 
 pub mod experts;
+pub mod foreign;
 mod shape;
 mod summary;
+mod sweep;
 mod widths;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,8 +27,10 @@ use crate::repair::Repair;
 use crate::{Error, Result};
 
 pub use experts::{Experts, Fate, Repaired};
+pub use foreign::Tool;
 pub use shape::{Measured, Seen, Shape, Tensor};
 pub use summary::Summary;
+pub use sweep::{Point, Range, Sweep, sweep};
 use widths::Widths;
 pub use widths::matrices;
 
@@ -141,7 +145,7 @@ pub enum Solver {
 pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Result<Plan> {
     let quantizer = recipe.quantize.clone();
     let widths = match (&quantizer, &recipe.allocate) {
-        (Some(_), Some(allocate)) => Some(Widths::decide(allocate, shape, measured.and_then(|m| m.table.as_ref()))?),
+        (Some(_), Some(allocate)) => Some(Widths::decide(allocate, shape, measured)?),
         _ => None,
     };
     let rule = recipe.calibrate.as_ref().map_or_else(Undercalibrated::default, |calibrate| calibrate.undercalibrated);

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use crate::allocate::decide::{Budget, Budgets, Case, decide};
 use crate::allocate::sensitivity::{self, Table};
-use crate::allocate::{Account, Allocate, Choice, Decision, Matrix, Undecided, decide::decide};
-use crate::plan::{Shape, Tensor};
+use crate::allocate::{Account, Allocate, Choice, Decision, Matrix, Undecided};
+use crate::allocate::{Constraints, Cost, DeviceBytes, Speed, by_layer, pmq};
+use crate::plan::{Measured, Shape, Tensor};
 use crate::quantize::Grid;
+use calib::arch::Part;
 
 /// Largest header entry of a tensor beside its name and numbers, and of a shard beside its tensors.
 const ENTRY_BYTES: u64 = 52;
@@ -33,33 +36,111 @@ pub fn matrices(allocate: &Allocate, shape: &Shape) -> Vec<Matrix> {
 
 impl Widths {
     /// Decides; without a table every weight counts as sensitive as any other, which is good for sizes and nothing else.
-    pub fn decide(allocate: &Allocate, shape: &Shape, table: Option<&Table>) -> Result<Self, Undecided> {
-        let (matrices, choices, rules) = (matrices(allocate, shape), allocate.options(), allocate.constraints());
-        if !allocate.is_mixed() {
-            // One width is one class of one choice: the constraints are asked, the program is not.
-            for matrix in &matrices {
-                if let Some(why) = rules.objection(matrix, &choices[0]) {
-                    let objections = vec![format!("{}: {why}", choices[0])];
-                    return Err(Undecided::NoChoice { name: matrix.name.clone(), tied: 0, objections });
-                }
-            }
-            return Ok(Self { chosen: matrices.into_iter().map(|m| (m.name, choices[0])).collect(), account: None });
+    pub fn decide(allocate: &Allocate, shape: &Shape, measured: Option<&Measured>) -> Result<Self, Undecided> {
+        if allocate.is_mixed() {
+            let prepared = Prepared::new(allocate, shape, measured);
+            let Decision { chosen, account } = prepared.decide(prepared.bytes)?;
+            let chosen = prepared.matrices.into_iter().zip(chosen).map(|(m, o)| (m.name, prepared.choices[o])).collect();
+            return Ok(Self { chosen, account: Some(account) });
         }
-        let measured = |m: &Matrix| match table {
-            Some(table) => match table.losses.get(&m.name) {
-                Some(losses) => losses.iter().map(|loss| loss.unwrap_or(f64::NAN)).collect(),
-                // A matrix that the cost does not cover has one choice, so its loss weighs nothing.
-                None => vec![0.0; choices.len()],
-            },
-            None => sensitivity::assumed(m.weights(), &choices),
-        };
-        let losses: Vec<Vec<f64>> = matrices.iter().map(measured).collect();
-        let cost = table.map_or("assumed", |table| table.cost.name());
-        let budget = budget(allocate, shape, &matrices, &choices);
-        let Decision { chosen, account } = decide(&matrices, &choices, &losses, budget, &rules, cost)?;
-        let chosen = matrices.into_iter().zip(chosen).map(|(m, o)| (m.name, choices[o])).collect();
-        Ok(Self { chosen, account: Some(account) })
+        let (matrices, choices, rules) = (matrices(allocate, shape), allocate.options(), allocate.constraints());
+        // One width is one class of one choice: the constraints are asked, the program is not.
+        for matrix in &matrices {
+            if let Some(why) = rules.objection(matrix, &choices[0]) {
+                let objections = vec![format!("{}: {why}", choices[0])];
+                return Err(Undecided::NoChoice { name: matrix.name.clone(), tied: 0, objections });
+            }
+        }
+        Ok(Self { chosen: matrices.into_iter().map(|m| (m.name, choices[0])).collect(), account: None })
     }
+}
+
+/// A budget and what it can be shared out over; another number of bytes needs no other preparation.
+pub(super) struct Prepared {
+    pub matrices: Vec<Matrix>,
+    pub choices: Vec<Choice>,
+    rules: Constraints,
+    losses: Vec<Vec<f64>>,
+    cost: &'static str,
+    /// The recipe's bytes of codes, scales and zeros.
+    pub bytes: u64,
+    beside: Vec<Budget>,
+    /// Where there is a program a layer.
+    by_layer: Option<pmq::Params>,
+}
+
+impl Prepared {
+    pub fn new(allocate: &Allocate, shape: &Shape, measured: Option<&Measured>) -> Self {
+        let (matrices, choices, rules) = (matrices(allocate, shape), allocate.options(), allocate.constraints());
+        let table = measured.and_then(|m| m.table.as_ref());
+        let losses = matrices.iter().map(|m| losses(m, &choices, table)).collect();
+        let cost = table.map_or("assumed", |table| table.cost.name());
+        let bytes = budget(allocate, shape, &matrices, &choices);
+        let beside = beside_bytes(allocate, &matrices, &choices, &rules, measured);
+        let params = allocate.pmq.unwrap_or_default();
+        let by_layer = (allocate.cost == Cost::Pmq && params.scope == pmq::Scope::Layer).then_some(params);
+        Self { matrices, choices, rules, losses, cost, bytes, beside, by_layer }
+    }
+
+    /// The widths within this many bytes.
+    pub fn decide(&self, bytes: u64) -> Result<Decision, Undecided> {
+        let case = Case { matrices: &self.matrices, choices: &self.choices, losses: &self.losses, cost: self.cost };
+        if let Some(params) = &self.by_layer {
+            return by_layer::decide(&case, bytes, &self.rules, params);
+        }
+        decide(&case, &Budgets { bytes, beside: self.beside.clone() }, &self.rules)
+    }
+
+    /// Weights over which bytes are shared out.
+    pub fn weights(&self) -> u64 {
+        self.matrices.iter().map(Matrix::weights).sum()
+    }
+}
+
+fn losses(matrix: &Matrix, choices: &[Choice], table: Option<&Table>) -> Vec<f64> {
+    match table {
+        Some(table) => match table.losses.get(&matrix.name) {
+            Some(losses) => losses.iter().map(|loss| loss.unwrap_or(f64::NAN)).collect(),
+            // A matrix that the cost does not cover has one choice, so its loss weighs nothing.
+            None => vec![0.0; choices.len()],
+        },
+        None => sensitivity::assumed(matrix.weights(), choices),
+    }
+}
+
+/// The budgets beside that of all bytes: one a device, and the time of a token.
+///
+/// Without calibration every expert counts as used by every token: a plan made from the shape alone is slower than the real one.
+fn beside_bytes(
+    allocate: &Allocate,
+    matrices: &[Matrix],
+    choices: &[Choice],
+    rules: &Constraints,
+    measured: Option<&Measured>,
+) -> Vec<Budget> {
+    let device = |device: &DeviceBytes| {
+        let [first, last] = device.layers;
+        let takes = |m: &Matrix| {
+            let here = (first..=last).contains(&m.layer);
+            choices.iter().map(|c| if here { rules.bytes(m, c) as f64 } else { 0.0 }).collect()
+        };
+        let what = format!("allocate.devices: bytes of layers {first} to {last}");
+        Budget { what, most: device.bytes.0 as f64, takes: matrices.iter().map(takes).collect() }
+    };
+    let used = |m: &Matrix| {
+        let rows = |part: Part| {
+            let site = part.site().zip(measured);
+            site.and_then(|(site, measured)| measured.sites.get(&(m.layer, site))).map(|seen| seen.rows as f64)
+        };
+        rows(m.part).zip(rows(Part::Query).or_else(|| rows(Part::KvA))).map_or(1.0, |(rows, all)| rows / all.max(1.0))
+    };
+    let speed = |speed: &Speed| {
+        let nanoseconds = |bits: u8| speed.kernels.iter().find(|k| k.bits == bits).map_or(f64::NAN, |k| k.nanoseconds_per_million);
+        let takes = |m: &Matrix| choices.iter().map(|c| 1e-15 * nanoseconds(c.bits) * m.weights() as f64 * used(m)).collect();
+        let what = "allocate.speed: seconds a token".to_owned();
+        Budget { what, most: speed.seconds_per_token, takes: matrices.iter().map(takes).collect() }
+    };
+    allocate.devices.iter().map(device).chain(allocate.speed.iter().map(speed)).collect()
 }
 
 /// Bytes of codes, scales and zeros that may be spent.

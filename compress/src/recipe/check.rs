@@ -11,6 +11,7 @@ use calib::corpus::ENDINGS;
 use calib::sample::{Calibrate, Through};
 use kernels::Group;
 
+use super::beside::{check_beside, check_pmq};
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
 use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
 use crate::objective::TokenWeight;
@@ -208,6 +209,11 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
     if recipe.calibrate.is_none() {
         add("", "widths are shared out by what they cost on texts, and there is no [calibrate]".into(), "name texts with calibrate.corpus");
     }
+    found.extend(check_pmq(allocate, source));
+    found.extend(check_beside(allocate, source));
+    let mut add = |key: &str, message: String, help: &str| {
+        found.push(source.problem(&format!("allocate{key}"), message, (!help.is_empty()).then(|| help.to_owned())));
+    };
     let options = allocate.options();
     if options.is_empty() {
         add(".choices", "there is no width to choose from".into(), "name some, such as [2, 3, 4]");
@@ -224,6 +230,24 @@ fn check_budget(recipe: &Recipe, allocate: &Allocate, source: &Source) -> Vec<Pr
         }
     }
     found
+}
+
+/// Patterns of `exclude` that take some matrices out of a tie and leave others in it.
+fn check_ties(allocate: &Allocate, shape: &Shape, source: &Source) -> Option<Problem> {
+    let runtime = allocate.runtime?;
+    let globs = allocate.globs();
+    let all = matrices(&Allocate { exclude: Vec::new(), ..allocate.clone() }, shape);
+    let excluded = |m: &Matrix| globs.iter().any(|glob| glob.matches(&m.name));
+    let split = |class: &Vec<usize>| {
+        let out = class.iter().find(|&&m| excluded(&all[m]))?;
+        let within = class.iter().find(|&&m| !excluded(&all[m]))?;
+        Some((&all[*out].name, &all[*within].name, class.len()))
+    };
+    let (out, within, members) = allocate.constraints().classes(&all).iter().find_map(split)?;
+    let name = runtime.name();
+    let message =
+        format!("{out} is excluded and {within} is not, and {name} loads the {members} matrices that they belong to with one width");
+    Some(source.problem("allocate.exclude", message, Some("exclude all of them or none".into())))
 }
 
 /// Matrices for which the cost has no unit and the recipe leaves a choice.
@@ -359,6 +383,7 @@ pub fn check(loaded: &Loaded, shape: &Shape) -> Vec<Problem> {
             found.push(unmatched(glob, &allocate.exclude[i], i, shape, &loaded.source));
         }
     }
+    found.extend(check_ties(allocate, shape, &loaded.source));
     if allocate.is_mixed() {
         found.extend(check_cost(allocate, shape, &loaded.source));
     } else if let Group::Size(group) = allocate.group.0 {
@@ -593,5 +618,46 @@ mod tests {
             "r.toml:9:29: `lm_head` excludes lm_head.weight, which is never quantized; take it out: only attention, experts and dense MLPs of the decoder layers are quantized",
         ];
         assert_eq!(said(&text, Some(&shape())), expected);
+    }
+
+    #[test]
+    fn budgets_beside_the_bytes_are_looked_at() {
+        let text = GOOD.replace(
+            "bits = 4\n",
+            "bits_per_weight = 3.0\nchoices = [2, 4]\ndevices = [{ layers = [0, 3], bytes = \"1GB\" }, { layers = [3, 1], bytes = \"1GB\" }, { layers = [2, 5], bytes = \"1GB\" }]\n\
+             speed = { seconds_per_token = 0.0, kernels = [{ bits = 2, nanoseconds_per_million = -1.0 }, { bits = 2, nanoseconds_per_million = 1.0 }] }\n",
+        );
+        let said = said(&text, None).join("\n");
+        for part in [
+            "layers 3 to 1 are none",
+            "layers 2 to 5 overlap 0 to 3",
+            "0 seconds are no time",
+            "-1 nanoseconds are no time",
+            "2 bits stand there twice",
+            "no kernel of 4 bits is in the table",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+    }
+
+    #[test]
+    fn what_a_runtime_ties_is_excluded_whole_or_not_at_all() {
+        let expert = |e, p: Projection| Tensor {
+            name: format!("x.{e}.{p:?}.weight"),
+            shape: vec![64, 128],
+            role: Role::Layer(0, Part::Expert(e, p)),
+            scale: ScaleType::Bf16,
+            bytes: 1,
+        };
+        let tensors = (0..2).flat_map(|e| Projection::ALL.map(|p| expert(e, p))).collect();
+        let shape = Shape { fingerprint: String::new(), tensors };
+        let with = |exclude: &str, runtime: &str| {
+            let text = GOOD.replace("bits = 4\n", &format!("bits = 4\nruntime = \"{runtime}\"\nexclude = [\"{exclude}\"]\n"));
+            said(&text, Some(&shape)).join("\n")
+        };
+        let said = with("x.1.*", "vllm");
+        assert!(said.contains("x.1.Gate.weight is excluded and x.0.Gate.weight is not, and vllm loads the 6 matrices"), "{said}");
+        assert!(with("x.1.Gate*", "native").contains("the 2 matrices"));
+        assert_eq!([with("x.*", "vllm"), with("x.1.*", "native"), with("x.1.Gate*", "transformers4")], [""; 3]);
     }
 }

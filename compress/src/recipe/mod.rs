@@ -4,6 +4,7 @@
 //! [`check`](check::check) then finds every problem of value at once, against the model's shape. Paths in a recipe are relative to the
 //! recipe, those on the command line to the working directory.
 
+mod beside;
 mod check;
 mod invalid;
 mod load;

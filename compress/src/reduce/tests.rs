@@ -38,7 +38,7 @@ fn fixture(name: &str) -> Model {
 fn samples(model: &Model) -> Samples {
     let vocab = model.spec().vocab as u32;
     let ids = (0..4_u32).map(|sample| (0..48).map(|at| (sample * 31 + at * at * 7 + at) % vocab).collect()).collect();
-    Samples { domains: vec!["a".into(), "b".into()], tokens: 48, ids, domain: vec![0, 1, 0, 1] }
+    Samples { domains: vec!["a".into(), "b".into()], tokens: 48, ids, domain: vec![0, 1, 0, 1], drawn: calib::sample::Drawn::default() }
 }
 
 /// What is asked of a reduction.

@@ -94,7 +94,13 @@ mod tests {
 
     #[test]
     fn rows_come_from_the_samples_that_count() {
-        let samples = Samples { domains: vec!["a".into(), "b".into()], tokens: 4, ids: vec![vec![0; 4]; 3], domain: vec![0, 1, 0] };
+        let samples = Samples {
+            domains: vec!["a".into(), "b".into()],
+            tokens: 4,
+            ids: vec![vec![0; 4]; 3],
+            domain: vec![0, 1, 0],
+            drawn: calib::sample::Drawn::default(),
+        };
         assert_eq!(spread(&samples, &[0], 4), [0, 2, 8, 10]);
         assert_eq!(spread(&samples, &[1], 9), [4, 5, 6, 7]);
         assert!(spread(&samples, &[], 3).is_empty());

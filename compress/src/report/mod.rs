@@ -3,6 +3,7 @@
 //! `report.json` and `report.md` hold nothing that depends on the clock or the machine: the same inputs give the same bytes.
 //! What a stage cost stands in its marker, and is shown beside the report.
 
+pub mod curve;
 mod experts;
 mod render;
 mod sampler;
@@ -20,7 +21,7 @@ use crate::plan::Summary;
 use crate::{Error, Result};
 
 pub use experts::experts;
-pub use render::{coverage, evaluation, markdown_report, plan, text_report};
+pub use render::{coverage, estimate, evaluation, markdown_report, plan, text_report};
 pub use sampler::{Balance, sampler};
 pub use stats::{DomainReport, LayerReport, StatsReport, read_stats, stats_csv, stats_svg, stats_text};
 pub use table::{bytes, count, markdown, memory, seconds, table};

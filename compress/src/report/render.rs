@@ -7,8 +7,9 @@ use calib::stats::LayerStats;
 
 use super::table::{bytes, count, markdown, memory, seconds, table};
 use super::{Cost, Report};
+use crate::allocate::decide::Spent;
 use crate::plan::Summary;
-use crate::run::Stage;
+use crate::run::{Item, Stage};
 use crate::solved::{By, Refit};
 
 type Rows = Vec<Vec<String>>;
@@ -172,9 +173,9 @@ fn allocation(plan: &Summary, form: fn(&[Vec<String>]) -> String) -> String {
         rows.extend(widths.iter().map(|(width, count)| vec![kind.clone(), width.clone(), count.to_string()]));
     }
     let loads = account.runtime.map_or("every matrix free".to_owned(), |runtime| format!("ties of {}", runtime.name()));
-    format!(
+    let mut text = format!(
         "{}\nAllocated by {} ({loads}, {} classes): {} of {} spent; predicted loss {:.6}, at most {:.1e} above the best possible{}, {:.3e} saved by one byte more; \
-         free widths would predict {:.6} (granularity gap {:+.1}%)\n",
+         native's widths would predict {:.6} (granularity gap {:+.1}%), free ones {:.6}\n",
         form(&rows),
         account.cost,
         account.classes,
@@ -184,9 +185,14 @@ fn allocation(plan: &Summary, form: fn(&[Vec<String>]) -> String) -> String {
         account.gap(),
         if account.proven { " (proven optimal)" } else { "" },
         account.price,
-        account.loss_free,
+        account.loss_native,
         100.0 * account.granularity_gap(),
-    )
+        account.loss_free,
+    );
+    for Spent { what, most, spent, price } in &account.beside {
+        text += &format!("{what}: {spent:.6} of {most:.6} spent, {price:.3e} saved by one more\n");
+    }
+    text
 }
 
 /// A plan in numbers.
@@ -207,6 +213,14 @@ pub fn plan(summary: &Summary, path: &Path) -> String {
         text => format!("\n{text}"),
     };
     table(&rows) + &excluded + &shared_out + &format!("\n{}; the plan lies in {}\n", exceptions(summary), path.display())
+}
+
+/// What the stages will take.
+pub fn estimate(items: &[Item]) -> String {
+    let mut rows = vec![row(["on this machine", "about"])];
+    rows.extend(items.iter().map(|item| vec![item.what.to_owned(), seconds(item.seconds)]));
+    rows.push(vec!["all".to_owned(), seconds(items.iter().map(|item| item.seconds).sum())]);
+    table(&rows)
 }
 
 /// How many tokens reached the experts of each layer.

@@ -85,7 +85,10 @@ impl Identity {
                     // A budget needs the table of costs and one width does not, so which of the two it is counts.
                     let budgets = ["bits_per_weight", "bytes", "file"];
                     let mixed = budgets.iter().any(|key| allocate.contains_key(*key));
-                    budgets.iter().chain(&["runtime", "untied", "min_bits", "max_bits"]).for_each(|key| _ = allocate.remove(*key));
+                    budgets
+                        .iter()
+                        .chain(&["runtime", "untied", "min_bits", "max_bits", "devices", "speed"])
+                        .for_each(|key| _ = allocate.remove(*key));
                     allocate.insert("mixed".to_owned(), mixed.into());
                 }
             }

@@ -4,6 +4,8 @@
 //! done when its marker has its name, and within a stage a layer when its file has. Everything gets its name by rename.
 
 mod ahead;
+mod curve;
+mod estimate;
 mod folder;
 mod identity;
 mod memory;
@@ -23,6 +25,8 @@ use crate::tensorfile::write_whole;
 use crate::{Error, Result};
 
 pub use ahead::{check_space, left};
+pub use curve::{Compared, calibrate_curve, pareto, plan_for};
+pub use estimate::{Item, estimate};
 pub use folder::{Earlier, Folder, Stage};
 pub use identity::Identity;
 pub use memory::{Fit, fit};

@@ -14,7 +14,7 @@ use calib::{Model, Weights};
 
 use super::folder::{Folder, Stage, remove};
 use crate::allocate::Allocate;
-use crate::allocate::sensitivity::Table;
+use crate::allocate::sensitivity::{Solver, Table};
 use crate::objective::{Backwards, TokenWeight, TokenWeights};
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Experts, Measured, Plan, Shape};
@@ -160,7 +160,9 @@ impl<'a> Work<'a> {
         let matrices = mixed.map(|(_, allocate)| plan::matrices(allocate, shape)).unwrap_or_default();
         let survey = mixed.map(|(quantizer, allocate)| {
             let what = (allocate.cost, allocate.fill, allocate.options());
-            Survey::new(model, quantizer, &matrices, what, (tokens, asked.undercalibrated), dir)
+            let solver = Solver { quantizer, refine: self.recipe.refine.as_ref() };
+            let survey = Survey::new(model, solver, &matrices, what, (tokens, asked.undercalibrated), dir);
+            survey.with_pmq(allocate.pmq.unwrap_or_default(), samples.tokens)
         });
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: model, fingerprint, samples, calibrate: asked, store, watch, progress };

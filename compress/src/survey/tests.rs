@@ -12,7 +12,7 @@ use calib::stats::{Store, Threshold};
 use super::*;
 use crate::allocate::Allocate;
 use crate::plan::{Shape, matrices};
-use crate::quantize::gptq;
+use crate::quantize::{Quantizer, gptq};
 
 /// The losses of every matrix, and how many tokens entered each expert.
 fn surveyed(cost: &str, rule: Undercalibrated) -> (Table, BTreeMap<(usize, usize), u64>) {
@@ -26,7 +26,7 @@ fn surveyed(cost: &str, rule: Undercalibrated) -> (Table, BTreeMap<(usize, usize
     let dir = tempfile::tempdir().unwrap();
     let quantizer = Quantizer::Gptq(gptq::Params::default());
     let what = (allocate.cost, allocate.fill, allocate.options());
-    let survey = Survey::new(&model, &quantizer, &matrices, what, (4, rule), dir.path());
+    let survey = Survey::new(&model, Solver { quantizer: &quantizer, refine: None }, &matrices, what, (4, rule), dir.path());
     let store = Store::new(dir.path().join("stats"));
     let calibrate = Calibrate::over(vec![]);
     let watch = survey.watch();
