@@ -1,14 +1,11 @@
 //! Every problem of value at once, before any hour is spent.
 
 mod experts;
+mod texts;
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use calib::arch::Role;
-use calib::corpus::ENDINGS;
-use calib::sample::{Calibrate, Through};
 use kernels::Group;
 
 use super::beside::{check_beside, check_pmq};
@@ -53,7 +50,7 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
     if let Some(allocate) = recipe.allocate.as_ref().filter(|a| a.is_mixed() && a.budgets().len() == 1) {
         found.extend(check_budget(recipe, allocate, source));
     }
-    found.extend(check_texts(recipe, source));
+    found.extend(texts::check_texts(recipe, source));
     found
 }
 
@@ -68,7 +65,7 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         found.extend(check_learned(params, recipe.calibrate.as_ref().map_or(0, |calibrate| calibrate.samples), source));
     }
     found.extend(check_repair(recipe, source));
-    found.extend(check_through(recipe, source));
+    found.extend(texts::check_through(recipe, source));
     if let Some(objective) = &recipe.objective {
         if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let message = "there are no tokens to weigh: the quantizer sees none".to_owned();
@@ -262,115 +259,6 @@ fn check_cost(allocate: &Allocate, shape: &Shape, source: &Source) -> Option<Pro
     Some(source.problem("allocate", message, Some(help)))
 }
 
-/// Texts that are needed and absent, asked for and not there, or too few.
-fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
-    let mut found = Vec::new();
-    let mut add = |key: &str, message: String| found.push(source.problem(key, message, None));
-    let mut texts: Vec<(&str, Vec<Text<'_>>)> = Vec::new();
-    match &recipe.calibrate {
-        Some(calibrate) => {
-            texts.push(("calibrate.corpus", calibrate.corpus.iter().map(|s| (s.path.as_path(), s.domain())).collect()));
-            for (i, weight) in calibrate.corpus.iter().map(|s| s.weight).enumerate().filter(|(_, w)| !(w.is_finite() && *w > 0.0)) {
-                add(&format!("calibrate.corpus.{i}.weight"), format!("{weight} is no weight; ask for more than 0, or leave the text out"));
-            }
-            let (samples, files) = (calibrate.samples, calibrate.corpus.len());
-            if samples < files.max(1) {
-                add(
-                    "calibrate.samples",
-                    format!("calibrate.samples = {samples} cannot be shared out over {files} texts; ask for at least one each"),
-                );
-            }
-            found_of_sampler(calibrate, &mut add);
-            let rule = calibrate.undercalibrated;
-            if !(rule.threshold().is_finite() && rule.threshold() >= 0.0) {
-                let share = rule.threshold();
-                add("calibrate.undercalibrated", format!("{share} tokens an input are no threshold; ask for 0 or more, such as 0.5"));
-            }
-            if calibrate.tokens < 2 {
-                add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
-            }
-        }
-        None if recipe.quantize.as_ref().is_some_and(|q| q.needs_calibration()) => {
-            add("quantize", "this quantizer needs calibration, and there is no [calibrate]; name texts with calibrate.corpus".into());
-        }
-        None => {}
-    }
-    if let Some(evaluate) = &recipe.evaluate {
-        texts.push(("evaluate.text", evaluate.text.iter().map(|path| (path.as_path(), stem(path))).collect()));
-        if evaluate.context < 2 {
-            add("evaluate.context", format!("{} tokens are no window; ask for at least 2", evaluate.context));
-        }
-        if let Some(most) = evaluate.max_tokens.filter(|most| *most < evaluate.context) {
-            add("evaluate.max_tokens", format!("{most} tokens are less than one window of {}", evaluate.context));
-        }
-    }
-    for (key, texts) in texts {
-        if texts.is_empty() && !(key == "calibrate.corpus" && recipe.calibrate.as_ref().is_some_and(|c| c.sampler.writes())) {
-            add(key, format!("{key} names no text"));
-        }
-        for (i, text) in texts.iter().enumerate() {
-            if let Some(message) = text_problem(text, &texts[..i]) {
-                add(&format!("{key}.{i}"), message);
-            }
-        }
-    }
-    found
-}
-
-/// What cannot work on tokens that an expert is shown though the router sends them elsewhere: they have no routing weight there, and no
-/// output that something could aim at.
-fn check_through(recipe: &Recipe, source: &Source) -> Vec<Problem> {
-    if recipe.calibrate.as_ref().is_none_or(|calibrate| calibrate.experts == Through::Routed) {
-        return Vec::new();
-    }
-    let weighted = recipe.objective.as_ref().is_some_and(|objective| objective.token_weight != TokenWeight::None);
-    let aims = recipe.repair.as_ref().is_some_and(|repair| repair.propagate.is_some());
-    let said = [("objective.token_weight", weighted), ("repair.propagate", aims)].into_iter().filter(|(_, asked)| *asked);
-    let message = |key| format!("{key} works on the tokens that an expert is given, and calibrate.experts = \"all\" shows it all of them");
-    said.map(|(key, _)| source.problem("calibrate.experts", message(key), Some("leave one of the two out".into()))).collect()
-}
-
-/// What is wrong with a sampler's knobs, and with texts that it has no use for.
-fn found_of_sampler(calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) {
-    let name = calibrate.sampler.name();
-    for (knob, message) in calibrate.sampler.problems() {
-        add(&format!("calibrate.sampler.{name}.{knob}"), message);
-    }
-    if calibrate.sampler.writes() && !calibrate.corpus.is_empty() {
-        add("calibrate.corpus", format!("the sampler {name} lets the model write its texts and reads none; leave calibrate.corpus out"));
-    }
-    if calibrate.sampler.writes() && !calibrate.pack {
-        add("calibrate.pack", format!("the sampler {name} writes samples of calibrate.tokens each; there are no documents to keep apart"));
-    }
-}
-
-/// A file and its domain.
-type Text<'a> = (&'a Path, Cow<'a, str>);
-
-fn stem(path: &Path) -> Cow<'_, str> {
-    path.file_stem().unwrap_or_default().to_string_lossy()
-}
-
-fn text_problem((path, domain): &Text<'_>, before: &[Text<'_>]) -> Option<String> {
-    if !path.is_file() {
-        return Some(format!("there is no text {}", path.display()));
-    }
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("parquet") if !cfg!(feature = "parquet") => {
-            return Some(calib::Error::NoParquet { path: path.to_path_buf() }.to_string());
-        }
-        Some(ending) if ENDINGS.contains(&ending) => {}
-        _ => return Some(format!("{} is neither a .txt, a .jsonl nor a .parquet file", path.display())),
-    }
-    let (twin, _) = before.iter().find(|(_, other)| other == domain)?;
-    Some(format!(
-        "{} and {} have the same name, {domain}, and texts are told apart by name; rename one, or name it in the recipe, such as \
-         {{ path = \"…\", name = \"{domain}2\" }}",
-        twin.display(),
-        path.display()
-    ))
-}
-
 /// What is wrong with a recipe for a model of this shape.
 pub fn check(loaded: &Loaded, shape: &Shape) -> Vec<Problem> {
     let (Some(allocate), Some(_)) = (&loaded.recipe.allocate, &loaded.recipe.quantize) else { return Vec::new() };
@@ -514,8 +402,8 @@ mod tests {
             |corpus: &str, more: &str| said(&GOOD.replace("corpus = [\"a.txt\"]", &format!("corpus = {corpus}\n{more}")), None).join("\n");
         assert_eq!(said("[{ path = \"a.txt\", name = \"x\", weight = 2.0 }, \"b.jsonl\"]", ""), "");
         let bad = said("[{ path = \"a.txt\", weight = 0.0 }]", "sampler.ebss.branches = 0\npack = false");
-        let expected = "r.toml:5:11: the sampler ebss lets the model write its texts and reads none; leave calibrate.corpus out\n\
-            r.toml:5:33: 0 is no weight; ask for more than 0, or leave the text out\n\
+        let expected = "r.toml:5:10: the sampler ebss lets the model write its texts and reads none; leave calibrate.corpus out\n\
+            r.toml:5:38: 0 is no weight; ask for more than 0, or leave the text out\n\
             r.toml:6:25: branches = 0; ask for at least 1\n\
             r.toml:7:8: the sampler ebss writes samples of calibrate.tokens each; there are no documents to keep apart";
         assert_eq!(bad, expected);
