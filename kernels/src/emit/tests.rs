@@ -107,7 +107,10 @@ fn run(command: &mut Command) -> Option<bool> {
     match command.output() {
         Ok(output) => {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            assert!(output.stderr.is_empty(), "a warning: {}", String::from_utf8_lossy(&output.stderr));
+            let said = String::from_utf8_lossy(&output.stderr);
+            // AddressSanitizer says of itself that it may see errors where contexts are switched; there were none.
+            let warnings: Vec<&str> = said.lines().filter(|line| !line.is_empty() && !line.contains("makecontext/swapcontext")).collect();
+            assert!(warnings.is_empty(), "a warning: {}", warnings.join("\n"));
             Some(true)
         }
         Err(error) => {
