@@ -23,15 +23,27 @@ fn lanes<const B: usize, const V: usize>(slab: &[u32], out: &mut [u32; WORDS]) {
         let mut words = [[0_u32; 32]; B];
         for (x, words) in words.iter_mut().enumerate() {
             let s = half * B + x;
-            words.iter_mut().enumerate().for_each(|(lane, word)| *word = slab[s / V * 32 * V + lane * V + s % V]);
+            let from = &slab[s / V * 32 * V..][..32 * V];
+            words.iter_mut().zip(from.chunks_exact(V)).for_each(|(word, lane)| *word = lane[s % V]);
         }
-        for x in 0..8 {
-            // Word x of 8 bits holds the pairs 2x and 2x + 1.
-            let s = half * 8 + x;
-            for lane in 0..32 {
-                let own: [u32; B] = std::array::from_fn(|word| words[word][lane]);
-                out[s / 4 * 128 + lane * 4 + s % 4] = widen_pair(&own, 2 * x) | widen_pair(&own, 2 * x + 1) << 8;
+        // Word x of 8 bits holds the pairs 2x and 2x + 1; four words of a lane lie side by side.
+        let quads = [
+            [pairs::<B, 0>(&words), pairs::<B, 1>(&words), pairs::<B, 2>(&words), pairs::<B, 3>(&words)],
+            [pairs::<B, 4>(&words), pairs::<B, 5>(&words), pairs::<B, 6>(&words), pairs::<B, 7>(&words)],
+        ];
+        for ([a, b, c, d], out) in quads.iter().zip(out[half * 256..].as_chunks_mut::<128>().0) {
+            for (lane, out) in out.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                *out = [a[lane], b[lane], c[lane], d[lane]];
             }
         }
     }
+}
+
+/// The pairs `2X` and `2X + 1` of every lane in one word.
+#[inline(always)]
+fn pairs<const B: usize, const X: usize>(words: &[[u32; 32]; B]) -> [u32; 32] {
+    std::array::from_fn(|lane| {
+        let own: [u32; B] = std::array::from_fn(|word| words[word][lane]);
+        widen_pair(&own, 2 * X) | widen_pair(&own, 2 * X + 1) << 8
+    })
 }
