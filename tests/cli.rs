@@ -198,6 +198,27 @@ fn a_run_reports_and_is_done_once() {
     snapshot!("report", masked(&report));
 }
 
+#[test]
+fn kernels_come_with_a_native_output_and_go_with_its_weights() {
+    let place = Place::new();
+    let recipe = small_recipe("rtn").replace("[export.compressed_tensors]\n[export.dense]\n", "[export.native]\n[export.kernels]\n");
+    place.write("r.toml", &recipe);
+    place.done(&["run", "r.toml", "-q"]);
+    let manifest = || -> Option<serde_json::Value> {
+        Some(serde_json::from_slice(&fs_err::read(place.path().join("out/kernels/manifest.json")).ok()?).unwrap())
+    };
+    assert_eq!(manifest().unwrap()["widths"], serde_json::json!([4]));
+    let emitted = fs_err::read(place.path().join("out/kernels/mq_moe.cu")).unwrap();
+    fs_err::remove_dir_all(place.path().join("out/kernels")).unwrap();
+    place.done(&["emit", "out"]);
+    assert!(emitted == fs_err::read(place.path().join("out/kernels/mq_moe.cu")).unwrap());
+    place.done(&["apply", "r.toml", "-q", "--force", "--set", "allocate.bits=3"]);
+    assert_eq!(manifest().unwrap()["widths"], serde_json::json!([3]));
+    place.write("r.toml", &recipe.replace("[export.kernels]\n", ""));
+    place.done(&["apply", "r.toml", "-q", "--force"]);
+    assert!(manifest().is_none());
+}
+
 /// Statistics of two passes over the bundled model, in `a` and `b`.
 fn two_passes(place: &Place) {
     place.write("r.toml", &small_recipe("gptq"));

@@ -49,6 +49,9 @@ pub struct Exports {
     /// Routed experts of any mixture of widths in the layout of this project's own kernels, the rest as compressed-tensors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub native: Option<Native>,
+    /// Kernels for the native output, written into its folder `kernels` as `moepress emit` does; wants `native`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernels: Option<Kernels>,
     /// The same weights dequantized to bf16 under their original names: loads everywhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dense: Option<Dense>,
@@ -63,6 +66,11 @@ pub struct CompressedTensors {}
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Native {}
+
+/// Knobs of the emitted kernels: none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Kernels {}
 
 /// Knobs of the dense export: none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -262,7 +270,11 @@ pub struct Written {
 
 /// Everything in `tensors` that a format of `exports` cannot hold, by name: what can be known before any work is done.
 pub fn refusals(exports: &Exports, tensors: &[Tensor]) -> Vec<String> {
-    exports.formats().into_iter().flat_map(|format| format.refusals(tensors)).collect()
+    let mut found: Vec<String> = exports.formats().into_iter().flat_map(|format| format.refusals(tensors)).collect();
+    if exports.kernels.is_some() {
+        found.extend(native::without_kernels(tensors));
+    }
+    found
 }
 
 /// Writes every format asked for under `out`, each whole and checked before it gets its place.

@@ -193,6 +193,34 @@ fn plan(group: &[&Tensor]) -> Result<Arena> {
     Arena::plan(&forms, shape).map_err(wrong)
 }
 
+/// What the emitted kernels have no form for, by name.
+pub(super) fn without_kernels(tensors: &[Tensor]) -> Vec<String> {
+    let places = places(tensors);
+    let routed: Vec<(&Place, &Vec<&Tensor>)> = places.iter().filter(|(_, group)| group[0].kind() == Kind::Expert).collect();
+    if routed.is_empty() {
+        return vec!["kernels are for routed experts, and none is quantized; leave [export.kernels] out".to_owned()];
+    }
+    let mut found = Vec::new();
+    for (_, group) in routed {
+        let Role::Layer(layer, In::Expert(_, projection)) = group[0].role else { continue };
+        let together = group.iter().any(|t| matches!(t.role, Role::Layer(_, In::Expert(_, Projection::Up))));
+        if projection == Projection::Gate && !together {
+            let name = &group[0].name;
+            found.push(format!(
+                "layer {layer}: gate and up of an expert differ in width or grid (such as {name}); kernels have them in one"
+            ));
+        }
+        if let Some(side) = group[0].shape.iter().find(|side| *side % 2 != 0) {
+            found.push(format!("{}: a side of {side}; the kernels read activations two at a time", group[0].name));
+        }
+        let count = experts(group).len();
+        if count > 1024 {
+            found.push(format!("layer {layer}: {count} experts; the kernels have room for 1024"));
+        }
+    }
+    found
+}
+
 /// Layers whose routed experts are quantized in part: a table has all of them or the layer none.
 fn halves(tensors: &[Tensor]) -> Vec<String> {
     let mut kept: BTreeMap<usize, (&str, usize, usize)> = BTreeMap::new();
@@ -287,6 +315,15 @@ mod tests {
         // Two tiles of rows, one of inputs, at 4 and 2 bits, with four groups of scales: 2 · 1024 · 6 + 2 · 2 · 128 · 4.
         let declared = Native {}.declare(&Native {}.groups(&tied)[1]).unwrap();
         assert_eq!(declared[0].shape, [2 * 1024 * 6 + 2 * 2 * 128 * 4]);
+    }
+
+    #[test]
+    fn kernels_want_gate_and_up_in_one_and_routed_experts() {
+        let (two, four) = (scheme(2, Zero::Half), scheme(4, Zero::Symmetric));
+        assert_eq!(without_kernels(&layer([[two, two, four], [four, four, two]])), [""; 0]);
+        let apart = without_kernels(&layer([[two, four, four], [four, four, two]]));
+        assert!(apart.len() == 1 && apart[0].starts_with("layer 0: gate and up of an expert differ"), "{apart:?}");
+        assert!(without_kernels(&[])[0].contains("none is quantized"));
     }
 
     #[test]

@@ -34,19 +34,40 @@ pub struct Emitted {
 pub fn emit(out: &Path) -> Result<Emitted> {
     let beside = out.join("native");
     let dir = if beside.join("config.json").is_file() { beside } else { out.to_owned() };
-    let refuse = |what: &str| Err(Error::Packed { dir: dir.clone(), what: what.to_owned() });
-    let to = dir.join(FOLDER);
-    if to.exists() {
-        return refuse("it has a folder `kernels`, and nothing is overwritten; remove that first");
+    if dir.join(FOLDER).exists() {
+        return Err(Error::Packed { dir, what: "it has a folder `kernels`, and nothing is overwritten; remove that first".to_owned() });
     }
-    let checkpoint = Checkpoint::open(&dir)?;
+    emit_beside(&dir)
+}
+
+/// Writes the kernels of the native checkpoint in `dir` beside its weights, in the place of those of earlier weights.
+///
+/// # Errors
+///
+/// As [`emit`], but for the folder that is there already.
+pub fn emit_beside(dir: &Path) -> Result<Emitted> {
+    let checkpoint = Checkpoint::open(dir)?;
     if !is_packed(checkpoint.config()) {
-        return refuse("there is nothing packed in it; kernels are emitted for what [export.native] writes");
+        let what = "there is nothing packed in it; kernels are emitted for what [export.native] writes".to_owned();
+        return Err(Error::Packed { dir: dir.to_owned(), what });
     }
     let model = model(&Packed::new(checkpoint, ExpertRounding::None)?)?;
     let files = kernels::emit::emit(&model)?;
-    write(&dir, &files)?;
-    Ok(Emitted { dir: to, files: files.len(), widths: model.widths(), layers: model.layers.len() })
+    write(dir, &files)?;
+    Ok(Emitted { dir: dir.join(FOLDER), files: files.len(), widths: model.widths(), layers: model.layers.len() })
+}
+
+/// Takes away kernels that were written for other weights; says whether there were any.
+///
+/// # Errors
+///
+/// An IO error.
+pub fn remove(dir: &Path) -> Result<bool> {
+    let stale = dir.join(FOLDER).join("manifest.json").is_file();
+    if stale {
+        fs_err::remove_dir_all(dir.join(FOLDER))?;
+    }
+    Ok(stale)
 }
 
 /// What the kernels depend on.
@@ -81,5 +102,6 @@ fn write(dir: &Path, files: &FileSet) -> Result<()> {
         }
         fs_err::write(path, bytes)?;
     }
+    remove(dir)?;
     Ok(fs_err::rename(temporary, dir.join(FOLDER))?)
 }

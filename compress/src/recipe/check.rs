@@ -44,6 +44,9 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
     if recipe.export.formats().is_empty() {
         add("export", "no format is asked for".into(), "add [export.compressed_tensors], [export.native] or [export.dense]");
     }
+    if recipe.export.kernels.is_some() && recipe.export.native.is_none() {
+        add("export.kernels", "kernels are emitted for what [export.native] writes, and it is not asked for".into(), "add [export.native]");
+    }
     found.extend(check_methods(recipe, source));
     found.extend(experts::check_reduction(recipe, source));
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
@@ -393,6 +396,7 @@ mod tests {
         assert!(said(&GOOD.replace("[calibrate]\ncorpus = [\"a.txt\"]\n", "")).contains("needs calibration, and there is no [calibrate]"));
         assert!(said(&GOOD.replace("[allocate]\nbits = 4\n", "")).contains("a quantizer but no [allocate]"));
         assert!(said(&GOOD.replace("[quantize.gptq]\n", "")).contains("widths but no quantizer"));
+        assert!(said(&format!("{GOOD}[export.kernels]\n")).contains("kernels are emitted for what [export.native] writes"));
         assert!(said(&GOOD.replace("bits = 4\n", "")).contains("is needed, and there is none"));
     }
 

@@ -292,6 +292,15 @@ impl<'a> Work<'a> {
         let plan = self.read_plan()?;
         for written in apply::write(self.subject()?.0, &plan, self.folder.dir(), &self.recipe.export, self.out, progress)? {
             written.notes.iter().for_each(|note| tracing::warn!("{}: {note}", written.format));
+            if written.format != "native" {
+                continue;
+            }
+            if self.recipe.export.kernels.is_some() {
+                let emitted = packed::emit::emit_beside(&written.dir)?;
+                tracing::info!("{} files of kernels in {}", emitted.files, emitted.dir.display());
+            } else if packed::emit::remove(&written.dir)? {
+                tracing::warn!("the kernels of earlier weights are taken away; `moepress emit` writes new ones");
+            }
         }
         self.write_report(None)
     }
