@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use calib::arch::{Kind, Part, Projection, Role};
-use kernels::{Group, ScaleType};
+use kernels::{Group, ScaleType, layout};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -110,7 +110,7 @@ const FROM_2: &[u8] = &[2, 3, 4, 5, 6, 7, 8];
 
 #[rustfmt::skip]
 const TABLE: [Rules; 6] = [
-    Rules { runtime: Runtime::Native, name: "native", experts: Tie::GateUp, gate_up: true, fused_attention: false, bits: &[1, 2, 3, 4, 5, 6, 8], grids: ALL, groups: &[], exporter: Exporter::Native },
+    Rules { runtime: Runtime::Native, name: "native", experts: Tie::GateUp, gate_up: true, fused_attention: false, bits: &[1, 2, 3, 4, 5, 6, 8], grids: ALL, groups: &[32, 64, 128], exporter: Exporter::Native },
     Rules { runtime: Runtime::Vllm, name: "vllm", experts: Tie::Layer, gate_up: true, fused_attention: true, bits: &[2, 4, 8], grids: INTEGER, groups: &[32, 64, 128], exporter: Exporter::CompressedTensors },
     Rules { runtime: Runtime::Gguf, name: "gguf", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, groups: &[], exporter: Exporter::Missing },
     Rules { runtime: Runtime::Mlx, name: "mlx", experts: Tie::Stack, gate_up: false, fused_attention: false, bits: &[2, 3, 4, 5, 6, 8], grids: ALL, groups: &[32, 64, 128], exporter: Exporter::Missing },
@@ -154,8 +154,9 @@ impl Runtime {
     fn objection(self, kind: Kind, choice: &Choice) -> Option<String> {
         let rules = self.rules();
         let group_fits = match choice.group {
-            Group::Size(size) => rules.groups.is_empty() || rules.groups.contains(&size),
-            Group::PerChannel => rules.groups.is_empty(),
+            _ if rules.groups.is_empty() => true,
+            Group::Size(size) => rules.groups.contains(&size),
+            Group::PerChannel => self == Self::Native,
         };
         let ok = rules.bits.contains(&choice.bits) && rules.grids.contains(&choice.grid) && group_fits;
         (!ok).then(|| {
@@ -231,14 +232,32 @@ impl Constraints {
         }
     }
 
-    /// Bytes of a matrix as the runtime's exporter stores it: llama.cpp's type of so many bits for `gguf`, what `native` puts into its arenas (routed and shared experts) in tiles
-    /// of 64 by 128 (specs: kernels 2.2), everything else as compressed-tensors does.
+    /// Bytes of a matrix as the runtime's exporter stores it: llama.cpp's type of so many bits for `gguf`, a share of its arena where
+    /// `native` puts it into one, everything else as compressed-tensors does.
     pub fn bytes(&self, matrix: &Matrix, choice: &Choice) -> u64 {
-        match (self.runtime, matrix.kind()) {
-            (Some(Runtime::Native), Kind::Expert | Kind::Shared) => native_bytes(matrix, choice),
-            (Some(Runtime::Gguf), _) => ggml_bytes(matrix, choice),
+        match self.runtime {
+            Some(Runtime::Native) => self.arena_bytes(matrix, choice).unwrap_or_else(|| matrix.bytes(choice)),
+            Some(Runtime::Gguf) => ggml_bytes(matrix, choice),
             _ => matrix.bytes(choice),
         }
+    }
+
+    /// Bytes of a matrix in an arena of the native layout ([`layout::stored_bytes`]); `None` where it lies in none: whatever is no routed
+    /// expert and compressed-tensors holds.
+    fn arena_bytes(&self, matrix: &Matrix, choice: &Choice) -> Option<u64> {
+        let streams = INTEGER.contains(&choice.grid) && choice.bits >= 2;
+        if matrix.kind() != Kind::Expert && streams {
+            return None;
+        }
+        let grid = match choice.grid {
+            Grid::Sym => layout::Grid::Sym,
+            Grid::Half => layout::Grid::Half,
+            Grid::Asym => layout::Grid::Asym,
+            Grid::Offset => layout::Grid::Offset,
+        };
+        let form = layout::Form::new(choice.bits, choice.group, matrix.scale, grid).ok()?;
+        let both = matches!(matrix.part, Part::Expert(_, Projection::Gate | Projection::Up)) && self.gate_up == GateUp::Tied;
+        Some(if both { layout::stored_bytes(&form.gate_up(), matrix.shape) / 2 } else { layout::stored_bytes(&form, matrix.shape) })
     }
 
     /// Why a choice is none for a matrix, if it is none.
@@ -255,25 +274,6 @@ impl Constraints {
         }
         self.runtime.and_then(|runtime| runtime.objection(kind, choice))
     }
-}
-
-/// Bytes of an expert's matrix in an arena: codes of rows and inputs padded to 64 and 128, a scale a padded row and group, zeros of half
-/// a byte up to 4 bits and one above, or of a scale's bytes where they are real; and its 32 bytes in the table of experts.
-fn native_bytes(matrix: &Matrix, choice: &Choice) -> u64 {
-    let [outputs, inputs] = matrix.shape.map(|side| side as u64);
-    let (rows, columns) = (outputs.next_multiple_of(64), inputs.next_multiple_of(128));
-    let groups = match choice.group {
-        Group::Size(size) => columns.div_ceil(size.max(1) as u64),
-        Group::PerChannel => 1,
-    };
-    let scale = if matrix.scale == ScaleType::F32 { 4 } else { 2 };
-    let zeros = match choice.grid {
-        Grid::Sym | Grid::Half => 0,
-        Grid::Asym if choice.bits <= 4 => (rows * groups).div_ceil(2),
-        Grid::Asym => rows * groups,
-        Grid::Offset => rows * groups * scale,
-    };
-    rows * columns * u64::from(choice.bits) / 8 + rows * groups * scale + zeros + 32
 }
 
 /// Bytes of llama.cpp's type of so many bits: q2_K, q3_K, q4_K, q5_K, q6_K and q8_0 have blocks of 84, 110, 144, 176 and 210 bytes for 256
@@ -374,9 +374,14 @@ mod tests {
         // 128 rows of 256 inputs at 3 bits, 8 groups: 12288 + 2048 of scales, 512 of zeros, 32 in the table.
         assert_eq!(rules.bytes(&matrix, &choice(3, Grid::Half)), 12288 + 2048 + 32);
         assert_eq!(rules.bytes(&matrix, &choice(3, Grid::Asym)), 12288 + 2048 + 512 + 32);
-        assert_eq!(rules.bytes(&matrix, &choice(8, Grid::Offset)), 32768 + 2 * 2048 + 32);
-        let query = Matrix { part: Part::Query, shape: [64, 128], ..matrix };
-        assert_eq!(rules.bytes(&query, &choice(3, Grid::Half)), query.bytes(&choice(3, Grid::Half)));
+        // Offsets and their scales are f32.
+        assert_eq!(rules.bytes(&matrix, &choice(8, Grid::Offset)), 32768 + 2 * 4096 + 32);
+        // Gate and up of an expert share tiles and an entry: 2 · 96 rows of 256 inputs.
+        let gate = Matrix { part: Part::Expert(0, Projection::Gate), ..matrix.clone() };
+        assert_eq!(2 * rules.bytes(&gate, &choice(4, Grid::Sym)), 192 * 128 + 192 * 8 * 2 + 32);
+        let shared = Matrix { part: Part::Shared(Projection::Down), shape: [64, 128], ..matrix };
+        assert_eq!(rules.bytes(&shared, &choice(3, Grid::Asym)), shared.bytes(&choice(3, Grid::Asym)));
+        assert_eq!(rules.bytes(&shared, &choice(3, Grid::Half)), 3072 + 512 + 32);
     }
 
     #[test]
