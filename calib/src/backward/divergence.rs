@@ -160,7 +160,7 @@ fn differentiate(row: &mut [f32], wanted: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arch::Role;
+    use crate::arch::{Projection, Role};
     use crate::device::Cpu;
     use crate::forward::testing::{grouped_spec, random, samples};
 
@@ -180,17 +180,18 @@ mod tests {
         let said = Reference::<Cpu>::of(&reference, &ids, &device).unwrap();
         assert!(said.divergence(&reference, &ids, &[0, 1, 2], &device).unwrap().abs() < 1e-9);
         let of = [2, 0];
-        let found = said.gradients(&model, &ids, &of, &|_, part| part == Part::Value, &device).unwrap();
+        let down = |part: Part| matches!(part, Part::Expert(_, Projection::Down));
+        let found = said.gradients(&model, &ids, &of, &|_, part| down(part), &device).unwrap();
         let before = said.divergence(&model, &ids, &of, &device).unwrap();
         assert!((found.divergence / before - 1.0).abs() < 1e-9);
-        assert_eq!(found.matrices.len(), 2);
-        // The last layer's: behind it stands no choice of an expert but its own, which small steps leave as it is.
-        let gradient = &found.matrices[&(1, Part::Value)];
+        // Behind the last layer's down projections nothing is chosen.
+        let (&(layer, part), gradient) = found.matrices.last_key_value().unwrap();
+        assert_eq!(layer, 1);
         let square: f64 = gradient.iter().map(|&g| f64::from(g) * f64::from(g)).sum();
         let at = |step: f64| {
             let mut moved = model.clone();
-            let w = moved.tensors[&Role::Layer(1, Part::Value)].clone();
-            moved.put(Role::Layer(1, Part::Value), w + &gradient.mapv(|g| (f64::from(g) * step) as f32));
+            let w = moved.tensors[&Role::Layer(layer, part)].clone();
+            moved.put(Role::Layer(layer, part), w + &gradient.mapv(|g| (f64::from(g) * step) as f32));
             said.divergence(&moved, &ids, &of, &device).unwrap()
         };
         let h = 1e-3 * before / square;

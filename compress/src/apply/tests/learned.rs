@@ -113,16 +113,19 @@ fn steps_against_the_end_leave_no_model_worse_by_samples_that_no_step_saw_and_so
     assert!(better > 0);
 }
 
+fn ended_bytes(dir: &Path) -> Vec<Vec<u8>> {
+    (0..2).map(|layer| fs_err::read(dir.join(format!("solved/ended/layer-{layer:05}.safetensors"))).unwrap()).collect()
+}
+
 #[test]
 fn bits_of_an_end_depend_neither_on_threads_nor_on_interruptions() {
     let model = fixture("qwen3_moe");
     let plan = ending(&model, Order::Independent);
-    let bytes = |dir: &Path| (0..2).map(|layer| std::fs::read(dir.join(format!("solved/ended/layer-{layer:05}.safetensors"))).unwrap());
     let with = |threads: usize| {
         let dir = tempfile::tempdir().unwrap();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| solved(&model, &plan, dir.path()));
-        bytes(dir.path()).collect::<Vec<_>>()
+        ended_bytes(dir.path())
     };
     assert!(with(1) == with(3));
     // Killed between two steps, and once more after its account was written: then nothing is left to do.
@@ -131,6 +134,6 @@ fn bits_of_an_end_depend_neither_on_threads_nor_on_interruptions() {
     let run = || solve(&model, &plan, Some(&samples(&model)), killed.path(), Device::Cpu, &kill);
     assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
     let first = solved(&model, &plan, killed.path());
-    assert!(bytes(killed.path()).collect::<Vec<_>>() == with(2));
+    assert!(ended_bytes(killed.path()) == with(2));
     assert_eq!(solved(&model, &plan, killed.path()).end, first.end);
 }
