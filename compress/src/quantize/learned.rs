@@ -85,7 +85,7 @@ pub struct End {
 
 impl Default for End {
     fn default() -> Self {
-        Self { steps: 100, samples: 4, rate: 0.006, scale_rate: 0.002, judged: 10 }
+        Self { steps: 48, samples: 4, rate: 0.02, scale_rate: 0.004, judged: 10 }
     }
 }
 
