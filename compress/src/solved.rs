@@ -43,7 +43,7 @@ pub struct Report {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Judged {
-    /// Mean squared error of the layer's output before.
+    /// Mean squared error of the layer's output before; of steps against the end of the model, its divergence a token in nats.
     pub before: f64,
     /// With the codes that were kept; never above `before`.
     pub after: f64,
@@ -206,12 +206,56 @@ impl Solved {
         Ok(LayerFile(Create::new(&self.path(layer), declared, &metadata)?))
     }
 
+    /// Where layers lie that were refined together after all were done.
+    ///
+    /// # Errors
+    ///
+    /// An IO error.
+    pub fn ended(&self) -> Result<Self> {
+        let dir = self.dir.join("ended");
+        fs_err::create_dir_all(&dir)?;
+        Ok(Self { dir, plan: self.plan.clone(), layers: self.layers })
+    }
+
+    /// Says of [`Solved::ended`] that it is whole: its layers count from now on.
+    ///
+    /// # Errors
+    ///
+    /// An IO error.
+    pub fn finish_ended(&self, judged: &Judged) -> Result<()> {
+        let path = self.dir.join("judged.json");
+        let text = serde_json::to_string(judged).map_err(|source| Error::Json { path: path.clone(), source })?;
+        write_whole(&path, (text + "\n").as_bytes())
+    }
+
+    /// What the steps came to that all layers took together, if they are done.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Json`], an IO error.
+    pub fn judged(&self) -> Result<Option<Judged>> {
+        let path = self.dir.join("ended/judged.json");
+        if !path.is_file() {
+            return Ok(None);
+        }
+        serde_json::from_slice(&fs_err::read(&path)?).map(Some).map_err(|source| Error::Json { path, source })
+    }
+
+    /// Opens the file of one layer that is done, as all layers' last refinement left it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Solved::open_layer`].
+    pub fn open(&self, layer: usize) -> Result<LayerRead> {
+        if self.dir.join("ended/judged.json").is_file() { self.ended()?.open_layer(layer) } else { self.open_layer(layer) }
+    }
+
     /// Opens the file of one layer that is done.
     ///
     /// # Errors
     ///
     /// [`Error::OtherPlan`] if it was made for another plan; [`Error::Stage`] if it is damaged; an IO error.
-    pub fn open(&self, layer: usize) -> Result<LayerRead> {
+    pub fn open_layer(&self, layer: usize) -> Result<LayerRead> {
         let path = self.path(layer);
         let file = Open::new(&path)?;
         if file.metadata("plan") != Some(&self.plan) {

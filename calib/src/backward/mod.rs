@@ -21,6 +21,7 @@
 //!
 //! **Bits do not depend on the number of threads**, as in the forward pass.
 
+mod divergence;
 mod gradients;
 mod inputs;
 mod layer;
@@ -45,6 +46,7 @@ use crate::progress::Progress;
 use crate::stats::end_loss::{LayerWeights, SiteLoss};
 use crate::{Result, Weights};
 
+pub use divergence::{ModelGradients, Reference};
 pub use gradients::{LayerGradients, layer_error, layer_gradients};
 use inputs::Inputs;
 use layer::Walk;

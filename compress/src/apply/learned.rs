@@ -187,8 +187,7 @@ impl<'a, B: Backend> Samples<'a, B> {
         if places.len() <= params.held_out {
             return Err(Error::HeldOut { samples: places.len(), held_out: params.held_out });
         }
-        // Spread evenly: texts stand interleaved in the samples, so each text has its share.
-        let held_out: Vec<usize> = (0..params.held_out).map(|i| (2 * i + 1) * places.len() / (2 * params.held_out)).collect();
+        let held_out = held_out(places.len(), params.held_out);
         let mut steps: Vec<usize> = (0..places.len()).filter(|sample| !held_out.contains(sample)).collect();
         shuffle(&mut steps, params.seed.wrapping_add(at.layer as u64));
         Ok(Self { at, places, held_out, a_step: params.samples.clamp(1, steps.len()), steps })
@@ -232,8 +231,13 @@ impl<'a, B: Backend> Samples<'a, B> {
     }
 }
 
+/// Samples that no step sees, spread evenly: texts stand interleaved in the samples, so each text has its share.
+pub(super) fn held_out(samples: usize, count: usize) -> Vec<usize> {
+    (0..count).map(|i| (2 * i + 1) * samples / (2 * count)).collect()
+}
+
 /// Fisher and Yates, with splitmix64.
-fn shuffle(order: &mut [usize], seed: u64) {
+pub(super) fn shuffle(order: &mut [usize], seed: u64) {
     let mut state = seed;
     for last in (1..order.len()).rev() {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);

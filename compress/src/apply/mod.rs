@@ -18,6 +18,7 @@
 //! 621 MiB of anonymous memory; its experts alone are 1.2 GB in bf16.
 
 mod aim;
+mod end;
 mod learned;
 mod output;
 mod sequential;
@@ -48,7 +49,7 @@ use crate::plan::{Action, Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
 use crate::quantize::{Quantizer, Refine, hqq};
 use crate::repair::Order;
-use crate::solved::{By, LayerFile, Refit, Report, Solved};
+use crate::solved::{By, Judged, LayerFile, Refit, Report, Solved};
 use crate::{Error, Result};
 use work::Job;
 
@@ -73,6 +74,9 @@ pub struct Outcome {
     pub damped: BTreeMap<String, f64>,
     /// Routers that were fitted, by layer.
     pub routers: BTreeMap<usize, Refit>,
+    /// What steps against the end of the model came to: nats on calibration samples that no step saw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<Judged>,
 }
 
 /// Chooses the codes of every matrix that the plan quantizes, and leaves them under `dir` (`OUT/moepress`).
@@ -119,6 +123,10 @@ pub fn solve(
     }
     snapshots.remove()?;
     solved.snapshots_of("original.safetensors").remove()?;
+    if let (Some(Refine::Learned(params @ learned::Params { end: Some(end), .. })), None) = (&plan.refine, solved.judged()?) {
+        let ids = samples.ok_or(Error::NoSamples)?;
+        device.run(end::Ending { model, plan, layers: &layers, solved: &solved, ids, params: (params, end), progress })?;
+    }
     outcome(model, plan, &solved, (&layers, resumed))
 }
 
@@ -182,6 +190,13 @@ impl Run<'_> {
     }
 }
 
+/// A layer's router, if it is to be fitted: name and `[experts, hidden]`.
+fn router(model: &Model, plan: &Plan, layer: usize) -> Option<(String, [usize; 2])> {
+    let name = model.layout().name(Role::Layer(layer, Part::Router))?;
+    let moe = model.spec().moe(layer)?;
+    matches!(plan.tensors.get(name), Some(Action::Refit)).then(|| (name.to_owned(), [moe.experts, model.spec().hidden]))
+}
+
 fn declared<'a>(jobs: &[Job<'a>]) -> Vec<(&'a str, [usize; 2], &'a crate::plan::Quantize)> {
     jobs.iter().map(|job| (job.name, job.shape, job.how)).collect()
 }
@@ -214,7 +229,7 @@ fn rounding(plan: &Plan) -> rtn::Params {
 }
 
 fn outcome(model: &Model, plan: &Plan, solved: &Solved, (layers, resumed): (&[Vec<Job<'_>>], usize)) -> Result<Outcome> {
-    let mut outcome = Outcome { layers: layers.len(), resumed, ..Outcome::default() };
+    let mut outcome = Outcome { layers: layers.len(), resumed, end: solved.judged()?, ..Outcome::default() };
     for (layer, jobs) in layers.iter().enumerate() {
         let file = solved.open(layer)?;
         let router = model.layout().name(Role::Layer(layer, Part::Router));

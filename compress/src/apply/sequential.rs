@@ -24,7 +24,7 @@ use ndarray::{Array1, Array2, ArrayView2};
 use super::aim::{Choices, Original, overlap};
 use super::learned::{Layer, Waiting};
 use super::work::Job;
-use super::{Run, declared, output, round, tokens};
+use super::{Run, declared, output, round, router, tokens};
 use crate::plan::{Action, Plan};
 use crate::repair::refit;
 use crate::solved::{LayerFile, LayerRead, Refit};
@@ -64,12 +64,7 @@ impl Finished<'_> {
         let matrix_shape = || <[usize; 2]>::try_from(shape.clone()).map_err(|shape| Error::NotAMatrix { name: name.to_owned(), shape });
         match self.plan.tensors.get(name) {
             Some(Action::Quantize(how)) => Ok(self.file.matrix(name, matrix_shape()?, how)?.dequantize()),
-            Some(Action::Refit) => {
-                let [experts, hidden] = matrix_shape()?;
-                let (values, _) = self.file.router(name)?;
-                let misfit = |_| Error::PlanMisfit { name: name.to_owned(), what: "the fitted router has another shape" };
-                Array2::from_shape_vec((experts, hidden), values).map_err(misfit)
-            }
+            Some(Action::Refit) => router_of(name, matrix_shape()?, &self.file),
             _ => Ok(self.model.matrix(role)?),
         }
     }
@@ -87,6 +82,19 @@ impl Weights for Finished<'_> {
     fn vector(&self, role: Role) -> calib::Result<Array1<f32>> {
         self.model.vector(role)
     }
+}
+
+/// A fitted router of a layer's file.
+fn router_of(name: &str, shape: [usize; 2], file: &LayerRead) -> Result<Array2<f32>> {
+    let (values, _) = file.router(name)?;
+    let misfit = |_| Error::PlanMisfit { name: name.to_owned(), what: "the fitted router has another shape" };
+    Array2::from_shape_vec(shape, values).map_err(misfit)
+}
+
+/// The router that a layer's file holds, if it was fitted.
+pub(super) fn fitted(model: &Model, plan: &Plan, layer: usize, file: &LayerRead) -> Result<Option<(Role, Array2<f32>)>> {
+    let Some((name, shape)) = router(model, plan, layer) else { return Ok(None) };
+    Ok(Some((Role::Layer(layer, Part::Router), router_of(&name, shape, file)?)))
 }
 
 /// The original model's hidden states, which stream along.
@@ -156,7 +164,7 @@ impl Run<'_> {
             });
         }
         let jobs = &self.layers[layer];
-        let router = self.router(layer);
+        let router = router(self.model, self.plan, layer);
         let file = self.solved.create(layer, &declared(jobs), router.as_ref().map(|(name, shape)| (name.as_str(), *shape)))?;
         round(self.model, self.plan, jobs, &file)?;
         let mut beside = beside;
@@ -175,13 +183,6 @@ impl Run<'_> {
     fn carry_on<B: Backend>(&self, layer: usize, hidden: &mut [Tensor<B, 3>]) -> Result<()> {
         let finished = Finished { model: self.model, plan: self.plan, file: self.solved.open(layer)? };
         Ok(decoder_layer(&finished, layer, hidden, &NoTap, Options::of::<B>())?)
-    }
-
-    /// The layer's router, if it is to be fitted: name and `[experts, hidden]`.
-    fn router(&self, layer: usize) -> Option<(String, [usize; 2])> {
-        let name = self.model.layout().name(Role::Layer(layer, Part::Router))?;
-        let moe = self.model.spec().moe(layer)?;
-        matches!(self.plan.tensors.get(name), Some(Action::Refit)).then(|| (name.to_owned(), [moe.experts, self.model.spec().hidden]))
     }
 
     /// Attention, then the router, then what stands behind it; gives the layer with its attention compressed and its router fitted.

@@ -9,6 +9,9 @@
 //!
 //! A step moves positions and scales by a rate that falls linearly to zero: against the gradient's sign ([`Optimizer::Sign`], as
 //! AutoRound), or Adam's way ([`Optimizer::Adam`]: momentum 0.9, squares 0.99, both corrected for their start).
+//!
+//! What the loss is, is not said here: the squared error of a decoder layer's output, or ([`Params::end`]) the divergence at the model's
+//! end.
 
 use kernels::QuantizedMatrix;
 use ndarray::{Array2, ArrayView2};
@@ -53,6 +56,37 @@ pub struct Params {
     pub judged: u32,
     /// Seed of the order in which samples are taken.
     pub seed: u64,
+    /// Further steps once all layers are done, on all of their matrices at once against the divergence of the model's predictions.
+    /// They hold the whole model in memory, at 29 bytes a weight, and so are for small models.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end: Option<End>,
+}
+
+/// Steps against the KL divergence at the end of the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "LearnedEnd")]
+#[serde(deny_unknown_fields, default)]
+pub struct End {
+    /// Steps.
+    pub steps: u32,
+    /// Calibration samples a step.
+    #[schemars(range(min = 1))]
+    pub samples: usize,
+    /// The first step's size for positions, in codes; it falls linearly to zero.
+    #[schemars(range(min = 0.0))]
+    pub rate: f32,
+    /// The first step's size for the logarithms of scales.
+    #[schemars(range(min = 0.0))]
+    pub scale_rate: f32,
+    /// How often the held-out samples are asked, over all steps; the last step is always judged.
+    #[schemars(range(min = 1))]
+    pub judged: u32,
+}
+
+impl Default for End {
+    fn default() -> Self {
+        Self { steps: 48, samples: 4, rate: 0.02, scale_rate: 0.004, judged: 10 }
+    }
 }
 
 impl Default for Params {
@@ -68,6 +102,7 @@ impl Default for Params {
             held_out: 8,
             judged: 10,
             seed: 0,
+            end: None,
         }
     }
 }

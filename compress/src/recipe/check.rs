@@ -124,6 +124,19 @@ fn check_learned(params: &learned::Params, samples: usize, source: &Source) -> V
     if params.judged == 0 {
         add("judged", "no step is ever judged".into(), "judge some, such as 10");
     }
+    if let Some(end) = &params.end {
+        for (key, value) in [("rate", end.rate), ("scale_rate", end.scale_rate)] {
+            if !(value.is_finite() && value >= 0.0) {
+                add(&format!("end.{key}"), format!("a rate of {value} leads nowhere"), "choose one from 0 up, such as 0.01");
+            }
+        }
+        if end.samples == 0 {
+            add("end.samples", "a step of no samples has no gradient".into(), "take some, such as 4");
+        }
+        if end.judged == 0 {
+            add("end.judged", "no step is ever judged".into(), "judge some, such as 10");
+        }
+    }
     found
 }
 

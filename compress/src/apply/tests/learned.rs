@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::quantize::Refine;
-use crate::quantize::learned::Params;
+use crate::quantize::learned::{End, Params};
 use crate::repair::{Order, Repair};
 use crate::solved::Judged;
 
@@ -89,4 +89,51 @@ fn too_few_samples_are_refused() {
     plan.refine = Some(Refine::Learned(Params { held_out: 6, ..Params::default() }));
     let said = solve(&model, &plan, Some(&samples(&model)), dir.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
     assert!(said.contains("holds out 6 of 6 calibration samples"), "{said}");
+}
+
+/// The same, with steps against the end of the model.
+fn ending(model: &Model, order: Order) -> Plan {
+    let mut plan = learning(model, order, 0);
+    if let Some(Refine::Learned(params)) = &mut plan.refine {
+        params.end = Some(End { steps: 12, samples: 2, rate: 0.02, scale_rate: 0.01, judged: 4 });
+    }
+    plan
+}
+
+#[test]
+fn steps_against_the_end_leave_no_model_worse_by_samples_that_no_step_saw_and_some_are_better() {
+    let mut better = 0;
+    for name in ["qwen3_moe", "deepseek_v2", "qwen2_moe"] {
+        let (model, dir) = (fixture(name), tempfile::tempdir().unwrap());
+        let plan = ending(&model, Order::Sequential);
+        let Judged { before, after, step } = solved(&model, &plan, dir.path()).end.unwrap();
+        assert!(after <= before && before > 0.0 && (step > 0) == (after < before), "{name}: {after} {before} {step}");
+        better += usize::from(after < before);
+    }
+    assert!(better > 0);
+}
+
+fn ended_bytes(dir: &Path) -> Vec<Vec<u8>> {
+    (0..2).map(|layer| fs_err::read(dir.join(format!("solved/ended/layer-{layer:05}.safetensors"))).unwrap()).collect()
+}
+
+#[test]
+fn bits_of_an_end_depend_neither_on_threads_nor_on_interruptions() {
+    let model = fixture("qwen3_moe");
+    let plan = ending(&model, Order::Independent);
+    let with = |threads: usize| {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| solved(&model, &plan, dir.path()));
+        ended_bytes(dir.path())
+    };
+    assert!(with(1) == with(3));
+    // Killed between two steps, and once more after its account was written: then nothing is left to do.
+    let killed = tempfile::tempdir().unwrap();
+    let kill = Kill(AtomicU64::new(5));
+    let run = || solve(&model, &plan, Some(&samples(&model)), killed.path(), Device::Cpu, &kill);
+    assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+    let first = solved(&model, &plan, killed.path());
+    assert!(ended_bytes(killed.path()) == with(2));
+    assert_eq!(solved(&model, &plan, killed.path()).end, first.end);
 }
