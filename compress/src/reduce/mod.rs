@@ -6,9 +6,11 @@
 //!
 //! **Memory.** Without tokens, one router. With tokens, the hidden states of the samples, twice where a repaired layer changes what the
 //! next one sees, and of one layer what its experts say of the tokens that it is judged by: `4 · tokens · hidden` bytes an expert where
-//! all are run on all (searches, merges), and for each of `2 k + 2` experts a token where routers are fitted.
+//! all are run on all (searches, merges). Where routers are fitted, of 4,096 tokens at a time what each of `2 k + 2` experts says, and of
+//! all tokens the products of these; where down projections are, `4 · tokens · k · (inner + hidden)` bytes.
 
 mod decide;
+mod mend;
 pub mod resample;
 mod stream;
 #[cfg(test)]

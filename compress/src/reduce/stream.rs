@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use calib::arch::{Moe, Spec};
+use calib::arch::{Moe, Score};
 use calib::device::Job;
 use calib::forward::router::{At, route};
 use calib::forward::{NoTap, Options, Tap, decoder_layer};
@@ -20,16 +20,15 @@ use calib::{Model, Weights};
 use ndarray::{Array2, Array3, ArrayView2, Axis};
 use rayon::prelude::*;
 
-use super::tokens::{ENTERED, Rows, SAID, output, spread};
-use super::weights::{Own, Reduced, merged, repaired, sliced};
+use super::tokens::{ENTERED, Rows, SAID, held_out, output, spread};
+use super::weights::{Own, Reduced, merged, sliced};
 use super::{Request, decide, write_layer};
 use crate::apply::boxed;
 use crate::merge::{Group, Merger, Seen};
 use crate::plan::experts::spec_with;
-use crate::plan::{Experts, Fate, Repaired};
-use crate::prune::exhaustive::{self, Token};
+use crate::plan::{Experts, Fate};
+use crate::prune::exhaustive::{self, Depend, Token};
 use crate::prune::{Pruner, UNLIKELY};
-use crate::repair::removal;
 use crate::{Error, Result};
 
 /// One pass over the layers.
@@ -83,7 +82,9 @@ impl Pass<'_> {
                 let rows = Rows::new(&wanted, reduced);
                 let mut copy = reduced.clone();
                 decoder_layer(&Reduced { model, spec: &spec, fate: &fate, own: &own }, layer, &mut copy, &rows as &dyn Tap<B>, options)?;
-                self.repair(layer, &spec, &mut fate, &mut own, (rows.take(ENTERED).view(), y.view()), params)?;
+                let held = held_out(self.samples, &wanted);
+                let (x, y) = (rows.take(ENTERED), y.view());
+                self.repair(layer, &spec, (&mut fate, &mut own), (x.view(), y), &held, params)?;
             }
             decoder_layer(&Reduced { model, spec: &spec, fate: &fate, own: &own }, layer, reduced, &NoTap, options)?;
         }
@@ -150,7 +151,10 @@ impl Pass<'_> {
             let most = if moe.experts <= exhaustive::ALL_SETS { count / groups } else { usize::MAX };
             (0..groups).all(|group| of(group) >= count / groups && (most == usize::MAX || of(group) <= most))
         };
-        let (kept, _) = exhaustive::search(&tokens, moe.experts, count, &choose, whole);
+        let router = &moe.router;
+        let renormalized = router.score == Score::Softmax && router.renormalize == Some(0.0);
+        let depend = if renormalized && router.groups.is_none() && !router.correction { Depend::Chosen } else { Depend::Set };
+        let (kept, _) = exhaustive::search(&tokens, moe.experts, count, (&choose, depend), whole);
         // What leaving this one out of the whole block loses: not what decided, but what a reader can compare.
         let alone = |expert: usize| {
             let rest: Vec<usize> = (0..moe.experts).filter(|e| *e != expert).collect();
@@ -189,32 +193,6 @@ impl Pass<'_> {
         Ok(groups)
     }
 
-    /// Fits the router and a factor an expert, and puts both into `own`.
-    fn repair(
-        &self,
-        layer: usize,
-        spec: &Spec,
-        fate: &mut Fate,
-        own: &mut BTreeMap<calib::arch::Role, Own>,
-        (x, y): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
-        params: &removal::Params,
-    ) -> Result<()> {
-        let Some(moe) = spec.moe(layer) else { return Ok(()) };
-        let (x, y) = (every(x, params.tokens), every(y, params.tokens));
-        let fitted = {
-            let reduced = Reduced { model: self.request.model, spec, fate, own };
-            let (weights, correction) = reduced.router(layer)?;
-            let logits = product(x.view(), weights.t());
-            let tokens = candidates(&reduced, layer, moe, &logits, (x.view(), y.view()))?;
-            let fit = removal::Fit { moe, router: weights.view(), correction: correction.as_deref(), x: x.view(), tokens: &tokens };
-            fit.run(params)?
-        };
-        let (before, after) = (fitted.before, fitted.after);
-        repaired(self.request.model, layer, fate, own, &fitted)?;
-        fate.repaired = Some(Repaired { before, after });
-        Ok(())
-    }
-
     /// The original router's logits `[rows, experts]`, and its selection bias.
     fn router(&self, layer: usize, x: ArrayView2<'_, f32>) -> Result<(Array2<f32>, Option<Vec<f32>>)> {
         let model = self.request.model;
@@ -225,7 +203,7 @@ impl Pass<'_> {
 }
 
 /// At most `count` of the rows, spread evenly.
-fn every(rows: ArrayView2<'_, f32>, count: usize) -> Array2<f32> {
+pub(super) fn every(rows: ArrayView2<'_, f32>, count: usize) -> Array2<f32> {
     let (n, count) = (rows.nrows(), count.min(rows.nrows()));
     rows.select(Axis(0), &(0..count).map(|i| i * n / count).collect::<Vec<_>>())
 }
@@ -243,41 +221,4 @@ fn token(outputs: &Array3<f32>, logits: &Array2<f32>, y: ArrayView2<'_, f32>, t:
     let f = outputs.index_axis(Axis(1), t).mapv(f64::from);
     let y = y.row(t).mapv(f64::from);
     Token { logits: logits.row(t).to_vec(), gram: f.dot(&f.t()).into_raw_vec_and_offset().0, along: f.dot(&y).to_vec(), energy: y.dot(&y) }
-}
-
-/// The products of every token with the experts that it may choose: the best `2 k + 2` by logit.
-fn candidates(
-    reduced: &Reduced<'_>,
-    layer: usize,
-    moe: &Moe,
-    logits: &Array2<f32>,
-    (x, y): (ArrayView2<'_, f32>, ArrayView2<'_, f32>),
-) -> Result<Vec<removal::Token>> {
-    let few = (2 * moe.top_k + 2).min(moe.experts);
-    let best = |row: ndarray::ArrayView1<'_, f32>| {
-        let mut order: Vec<u32> = (0..moe.experts as u32).collect();
-        order.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]).then(a.cmp(&b)));
-        order.truncate(few);
-        order.sort_unstable();
-        order
-    };
-    let chosen: Vec<Vec<u32>> = logits.rows().into_iter().map(best).collect();
-    let rows_of = |e: u32| (0..chosen.len()).filter(|&t| chosen[t].binary_search(&e).is_ok()).collect::<Vec<_>>();
-    let said = |e: u32| {
-        let rows = rows_of(e);
-        let out = output(reduced, layer, e as usize, x.select(Axis(0), &rows).view())?;
-        Ok((rows, out))
-    };
-    let said: Vec<(Vec<usize>, Array2<f32>)> = (0..moe.experts as u32).into_par_iter().map(said).collect::<calib::Result<_>>()?;
-    let of = |(t, candidates): (usize, Vec<u32>)| {
-        let row = |e: &u32| {
-            let (rows, out) = &said[*e as usize];
-            out.row(rows.partition_point(|row| *row < t))
-        };
-        let f = Array2::from_shape_fn((candidates.len(), x.ncols()), |(i, d)| row(&candidates[i])[d]);
-        let y = y.row(t);
-        let energy = y.iter().map(|&y| f64::from(y).powi(2)).sum();
-        removal::Token { gram: product(f.view(), f.t()).into_raw_vec_and_offset().0, along: f.dot(&y).to_vec(), energy, candidates }
-    };
-    Ok(chosen.into_par_iter().enumerate().map(of).collect())
 }

@@ -227,6 +227,25 @@ fn a_repaired_router_says_more_of_what_the_whole_block_said() {
 }
 
 #[test]
+fn fitted_down_projections_say_more_of_it_too() {
+    for name in ["qwen3_moe", "deepseek_v3_mtp"] {
+        let model = halvable(name);
+        let down = Some(crate::repair::down::Params { damping: 1.0 });
+        let params = removal::Params { tokens: 192, steps: 0, down, ..removal::Params::default() };
+        let pruner = Pruner::EasyEp(keep(0.5));
+        let (_out, experts, reduced) = reduce(&model, &Wish { pruner: Some(&pruner), repair: Some(&params), ..Wish::default() });
+        let repaired: Vec<_> = experts.layers.values().filter_map(|fate| fate.repaired).collect();
+        assert!(!repaired.is_empty() && repaired.iter().all(|r| r.after <= r.before), "{name}: {repaired:?}");
+        let (&layer, fate) = experts.layers.iter().find(|(_, fate)| fate.repaired.is_some_and(|r| r.after < r.before)).unwrap();
+        let (old, new) = (model.expert(layer, fate.experts[0][0]).unwrap(), reduced.expert(layer, 0).unwrap());
+        assert_eq!((old.gate, old.up), (new.gate, new.up), "{name}");
+        assert_ne!(old.down, new.down, "{name}");
+        let (rows, whole) = [&reduced, &model].map(|m| m.matrix(Role::Layer(layer, Part::Router)).unwrap()).into();
+        assert!(fate.experts.iter().enumerate().all(|(new, old)| rows.row(new) == whole.row(old[0])), "{name}");
+    }
+}
+
+#[test]
 fn the_same_twice_gives_the_same_bytes_whatever_the_threads() {
     let model = fixture("qwen2_moe");
     let run = |threads: usize| {

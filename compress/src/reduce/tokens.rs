@@ -79,13 +79,34 @@ pub(super) fn spread(samples: &Samples, domains: &[usize], count: usize) -> Vec<
     (0..count).map(|i| rows[i * rows.len() / count]).collect()
 }
 
-/// What one expert says, `[rows, hidden]`.
-pub(super) fn output(weights: &dyn Weights, layer: usize, expert: usize, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
+/// Which of these rows a fit does not see: of each domain the last eighth, so that no text is on both sides but at the seam.
+pub(super) fn held_out(samples: &Samples, rows: &[usize]) -> Vec<bool> {
+    let domain = |row: usize| samples.domain[row / samples.tokens];
+    let mut held = vec![false; rows.len()];
+    for domain_of in 0..samples.domains.len() {
+        let here: Vec<usize> = (0..rows.len()).filter(|&at| domain(rows[at]) == domain_of).collect();
+        here[here.len() - here.len().div_ceil(8)..].iter().for_each(|&at| held[at] = true);
+    }
+    held
+}
+
+/// What enters an expert's down projection, `[rows, inner]`.
+pub(super) fn inner(weights: &dyn Weights, layer: usize, expert: usize, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
     let matrix = |projection| weights.matrix(Role::Layer(layer, Part::Expert(expert, projection)));
     let mut inner = product(x, matrix(Projection::Gate)?.t());
     let up = product(x, matrix(Projection::Up)?.t());
     inner.zip_mut_with(&up, |g, &u| *g = *g / (1.0 + (-*g).exp()) * u);
-    Ok(product(inner.view(), matrix(Projection::Down)?.t()))
+    Ok(inner)
+}
+
+/// An expert's down projection, `[hidden, inner]`.
+pub(super) fn down(weights: &dyn Weights, layer: usize, expert: usize) -> Result<Array2<f32>> {
+    weights.matrix(Role::Layer(layer, Part::Expert(expert, Projection::Down)))
+}
+
+/// What one expert says, `[rows, hidden]`.
+pub(super) fn output(weights: &dyn Weights, layer: usize, expert: usize, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
+    Ok(product(inner(weights, layer, expert, x)?.view(), down(weights, layer, expert)?.t()))
 }
 
 #[cfg(test)]
@@ -104,5 +125,8 @@ mod tests {
         assert_eq!(spread(&samples, &[0], 4), [0, 2, 8, 10]);
         assert_eq!(spread(&samples, &[1], 9), [4, 5, 6, 7]);
         assert!(spread(&samples, &[], 3).is_empty());
+        // Eight rows of a lie in samples 0 and 2, four of b in 1: one of each is held out, the last.
+        let held = held_out(&samples, &(0..12).collect::<Vec<_>>());
+        assert_eq!((0..12).filter(|&row| held[row]).collect::<Vec<_>>(), [7, 11]);
     }
 }

@@ -139,17 +139,39 @@ pub fn repaired(model: &Model, layer: usize, fate: &Fate, own: &mut Owned, fitte
     for (new, (old, &factor)) in fate.experts.iter().zip(&fitted.factors).enumerate().filter(|(_, (_, factor))| **factor != 1.0) {
         let role = Role::Layer(layer, Part::Expert(new, Projection::Down));
         let name = model.layout().name(Role::Layer(layer, Part::Expert(old[0], Projection::Down))).unwrap_or_default();
-        let (shape, mut values) = match own.get(&role) {
-            Some(own) => (own.shape.clone(), own.values()),
-            None => {
-                let down = model.checkpoint().matrix(name)?;
-                (vec![down.nrows(), down.ncols()], down.into_raw_vec_and_offset().0)
-            }
-        };
+        let (shape, mut values) = down(model, layer, (new, old[0]), own)?;
         values.iter_mut().for_each(|x| *x *= factor);
         own.insert(role, Own::of(dtype(model, name)?, shape, &values).ok_or_else(|| unstorable(name))?);
     }
     Ok(())
+}
+
+/// Adds to the experts' down projections, `[hidden, inner]` each.
+///
+/// # Errors
+///
+/// What reading the experts brings up.
+pub fn adjusted(model: &Model, layer: usize, fate: &Fate, own: &mut Owned, changes: &[Array2<f32>]) -> Result<()> {
+    for (new, (old, change)) in fate.experts.iter().zip(changes).enumerate() {
+        let (shape, mut values) = down(model, layer, (new, old[0]), own)?;
+        values.iter_mut().zip(change).for_each(|(w, change)| *w += change);
+        let name = model.layout().name(Role::Layer(layer, Part::Expert(old[0], Projection::Down))).unwrap_or_default();
+        let role = Role::Layer(layer, Part::Expert(new, Projection::Down));
+        own.insert(role, Own::of(dtype(model, name)?, shape, &values).ok_or_else(|| unstorable(name))?);
+    }
+    Ok(())
+}
+
+/// An expert's down projection as it is so far: its shape and its values, row by row.
+fn down(model: &Model, layer: usize, (new, old): (usize, usize), own: &Owned) -> Result<(Vec<usize>, Vec<f32>)> {
+    let name = model.layout().name(Role::Layer(layer, Part::Expert(old, Projection::Down))).unwrap_or_default();
+    Ok(match own.get(&Role::Layer(layer, Part::Expert(new, Projection::Down))) {
+        Some(own) => (own.shape.clone(), own.values()),
+        None => {
+            let down = model.checkpoint().matrix(name)?;
+            (vec![down.nrows(), down.ncols()], down.into_raw_vec_and_offset().0)
+        }
+    })
 }
 
 /// A model with one reduced layer: what that layer has anew, and the rest by old numbers.

@@ -1,5 +1,6 @@
 //! What mends the rest of a model after a matrix was quantized (the order of layers, the aim of a solver, the router) or experts went.
 
+pub mod down;
 pub mod propagate;
 pub mod refit;
 pub mod removal;
@@ -23,7 +24,7 @@ pub struct Repair {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router_repair: Option<refit::Params>,
     /// After experts were pruned or merged: fits the router's rows and a factor an expert (folded into its down projection) to what the
-    /// whole block said, layer by layer, each on what the repaired layers before it pass on.
+    /// whole block said, and if asked those projections themselves, layer by layer, each on what the repaired layers before it pass on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removal: Option<removal::Params>,
 }

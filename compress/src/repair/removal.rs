@@ -3,8 +3,8 @@
 //! With the routed output `y_t` of the original block and the survivors' outputs `F_e`, the loss is
 //! `Σ_t ‖y_t − Σ_{e ∈ S(t)} w_{t,e} s_e F_e(x_t)‖² / Σ_t ‖y_t‖²`. The router's rows and the factors `s` follow its gradient (Adam,
 //! through the weights; the choice itself has none). What the experts say is needed only in products, so a token is a small Gram matrix:
-//! `‖y‖² − 2 Σ w s b + ΣΣ w s w′ s′ G` with `b_e = y·F_e` and `G = F·F`, of the few experts that it may choose. One token in eight is
-//! held out; where the fit does not serve those better, everything stays as it was.
+//! `‖y‖² − 2 Σ w s b + ΣΣ w s w′ s′ G` with `b_e = y·F_e` and `G = F·F`, of the few experts that it may choose. The state that serves the
+//! tokens held out best is kept: where none serves them better, everything stays as it was.
 
 use calib::arch::Moe;
 use calib::forward::router::{self, At};
@@ -12,6 +12,8 @@ use ndarray::{Array1, Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::down;
 
 /// Knobs of the fit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -26,18 +28,21 @@ pub struct Params {
     pub rate: f64,
     /// Whether each expert gets a factor too.
     pub factors: bool,
+    /// Fits the experts' down projections afterwards, in closed form; without it they only get their factors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub down: Option<down::Params>,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { tokens: 8192, steps: 400, rate: 0.02, factors: true }
+        Self { tokens: 8192, steps: 400, rate: 0.02, factors: true, down: None }
     }
 }
 
 /// Tokens a step.
 const STEP: usize = 1024;
-/// One token in so many is held out.
-const HELD_OUT: usize = 8;
+/// How often the tokens held out are asked.
+const LOOKS: usize = 10;
 /// Tokens whose gradients are added up before they meet the others'.
 const RUN: usize = 64;
 
@@ -66,6 +71,19 @@ pub struct Fit<'a> {
     pub x: ArrayView2<'a, f32>,
     /// And what it may say.
     pub tokens: &'a [Token],
+    /// Which tokens are held out, `[tokens]`.
+    pub held: &'a [bool],
+}
+
+/// At most `count` of them, spread evenly.
+pub fn every(held: &[bool], count: usize) -> Vec<bool> {
+    let count = count.min(held.len());
+    (0..count).map(|i| held[i * held.len() / count]).collect()
+}
+
+/// `Σ ‖y‖²` over the tokens held out.
+pub fn energy(y: ArrayView2<'_, f32>, held: &[bool]) -> f64 {
+    y.rows().into_iter().zip(held).filter(|(_, held)| **held).flat_map(|(row, _)| row.to_vec()).map(|y| f64::from(y).powi(2)).sum()
 }
 
 /// What came of it.
@@ -102,10 +120,11 @@ impl Fit<'_> {
     pub fn run(&self, params: &Params) -> calib::Result<Fitted> {
         assert_eq!(self.x.nrows(), self.tokens.len(), "a row for every token");
         let experts = self.moe.experts;
-        let (held, seen): (Vec<usize>, Vec<usize>) = (0..self.tokens.len()).partition(|t| t % HELD_OUT == HELD_OUT - 1);
+        let (held, seen): (Vec<usize>, Vec<usize>) = (0..self.tokens.len()).partition(|&t| self.held[t]);
         let start = (self.router.to_owned(), vec![1.0_f32; experts]);
         let before = self.error(&start, &held)?;
         let mut now = start.clone();
+        let mut best = (before, start);
         let size = (self.router.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>() / self.router.len().max(1) as f64).sqrt();
         let mut router = Adam::new(self.router.len());
         let mut factors = Adam::new(experts);
@@ -120,11 +139,15 @@ impl Fit<'_> {
             if params.factors {
                 factors.step(now.1.iter_mut(), slope.factors.iter().map(|g| g * unit), rate * 0.25);
             }
+            if (step + 1) % params.steps.div_ceil(LOOKS) == 0 || step + 1 == params.steps {
+                let error = self.error(&now, &held)?;
+                if error < best.0 {
+                    best = (error, now.clone());
+                }
+            }
         }
-        let after = self.error(&now, &held)?;
-        let better = after < before;
-        let (router, factors) = if better { now } else { start };
-        Ok(Fitted { router, factors, before, after: if better { after } else { before } })
+        let (after, (router, factors)) = best;
+        Ok(Fitted { router, factors, before, after })
     }
 
     /// The loss on some tokens as a share of their energy; 0 where they have none.
@@ -235,7 +258,8 @@ mod tests {
     }
 
     fn fit(tokens: &[Token], x: &Array2<f32>, router: &Array2<f32>, params: &Params) -> Fitted {
-        Fit { moe: &moe(), router: router.view(), correction: None, x: x.view(), tokens }.run(params).unwrap()
+        let held: Vec<bool> = (0..tokens.len()).map(|t| t % 8 == 7).collect();
+        Fit { moe: &moe(), router: router.view(), correction: None, x: x.view(), tokens, held: &held }.run(params).unwrap()
     }
 
     #[test]
@@ -269,7 +293,7 @@ mod tests {
             .collect();
         let x = Array2::from_shape_fn((5, 2), |(t, d)| (t as f32 * 0.7 + d as f32).sin());
         let at = (array![[0.9, 0.2], [0.1, -0.8], [-3.0, -2.0]], vec![1.1, 0.8, 1.0]);
-        let fit = Fit { moe: &moe, router: at.0.view(), correction: None, x: x.view(), tokens: &tokens };
+        let fit = Fit { moe: &moe, router: at.0.view(), correction: None, x: x.view(), tokens: &tokens, held: &[false; 5] };
         let all = [0, 1, 2, 3, 4];
         let slope = fit.slope(&at, &all).unwrap();
         let step = 1e-2_f32;
@@ -295,8 +319,7 @@ mod tests {
     #[test]
     fn a_fit_that_does_not_help_is_not_taken() {
         // What is held out wants the opposite of the rest.
-        let tokens: Vec<Token> =
-            (0..64).map(|t| if t % HELD_OUT == HELD_OUT - 1 { token([0.5, 0.5]) } else { token([1.0, 0.0]) }).collect();
+        let tokens: Vec<Token> = (0..64).map(|t| if t % 8 == 7 { token([0.5, 0.5]) } else { token([1.0, 0.0]) }).collect();
         let start = array![[0.5], [0.5]];
         let fitted = fit(&tokens, &Array2::ones((64, 1)), &start, &Params::default());
         assert_eq!((fitted.router, fitted.after), (start, fitted.before));

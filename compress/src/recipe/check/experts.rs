@@ -50,6 +50,9 @@ pub(super) fn check_reduction(recipe: &Recipe, source: &Source) -> Vec<Problem> 
         if !(removal.rate > 0.0 && removal.rate.is_finite()) {
             add("repair.removal.rate".into(), format!("{} is no step", removal.rate), "choose a small share, such as 0.02");
         }
+        if let Some(down) = removal.down.as_ref().filter(|down| !(down.damping > 0.0 && down.damping.is_finite())) {
+            add("repair.removal.down.damping".into(), format!("{} holds nothing", down.damping), "choose a share, such as 0.3");
+        }
         if removal.tokens < 64 {
             add("repair.removal.tokens".into(), format!("{} tokens are too few to fit a router to", removal.tokens), "ask for at least 64");
         }
