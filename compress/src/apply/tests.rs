@@ -439,3 +439,42 @@ fn the_embedding_and_the_head_are_rounded_where_the_plan_says_so() {
         assert!(said.contains("it has no second moments"), "{said}");
     }
 }
+
+#[test]
+fn a_native_file_has_the_bytes_that_were_allocated() {
+    use calib::arch::Projection::{Down, Gate, Up};
+
+    use crate::allocate::{Choice, Constraints, Matrix, Runtime};
+    use crate::export::{Form, Format, Scheme, Tensor, Zero};
+    let form = |bits, zero, size| Form::Quantized(Scheme { bits, group: Group::Size(size), zero, scale: ScaleType::Bf16 });
+    let (two, three, real) = (form(2, Zero::Half, 32), form(3, Zero::Integer, 32), form(5, Zero::Real, 32));
+    let experts = [[two, two, three], [real, real, two]];
+    let routed = (0..2).flat_map(|e| [Gate, Up, Down].into_iter().zip(experts[e]).map(move |(p, form)| (Part::Expert(e, p), form)));
+    let tensors: Vec<Tensor> = routed
+        .chain([(Part::Query, two), (Part::Key, three)])
+        .map(|(part, form)| {
+            let block = if matches!(part, Part::Expert(..)) { "mlp.experts" } else { "self_attn" };
+            Tensor { name: format!("model.layers.0.{block}.{part:?}.weight"), shape: vec![64, 96], role: Role::Layer(0, part), form }
+        })
+        .collect();
+    let rules = Constraints { runtime: Some(Runtime::Native), ..Constraints::default() };
+    let allocated: u64 = tensors
+        .iter()
+        .map(|tensor| {
+            let (Some(scheme), Role::Layer(layer, part)) = (tensor.scheme(), tensor.role) else { return 0 };
+            let grid = match scheme.zero {
+                Zero::Symmetric => Grid::Sym,
+                Zero::Half => Grid::Half,
+                Zero::Integer => Grid::Asym,
+                Zero::Real => Grid::Offset,
+            };
+            let shape = tensor.matrix_shape().unwrap();
+            let matrix = Matrix { name: tensor.name.clone(), layer, part, shape, scale: scheme.scale };
+            rules.bytes(&matrix, &Choice { bits: scheme.bits, group: scheme.group, grid })
+        })
+        .sum();
+    let declared = Native {}.groups(&tensors).iter().flat_map(|group| Native {}.declare(group).unwrap()).collect::<Vec<_>>();
+    // compressed-tensors' shapes of originals are not counted as weights.
+    let stored = declared.iter().filter(|d| !d.name.ends_with("_shape"));
+    assert_eq!(stored.map(|d| (d.shape.iter().product::<usize>() * d.dtype.size()) as u64).sum::<u64>(), allocated);
+}

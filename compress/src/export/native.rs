@@ -318,39 +318,6 @@ mod tests {
     }
 
     #[test]
-    fn a_file_has_the_bytes_that_were_allocated() {
-        use crate::allocate::{Choice, Constraints, Matrix, Runtime};
-        use crate::quantize::Grid;
-        let form = |bits, zero, size| Form::Quantized(Scheme { bits, group: Group::Size(size), zero, scale: ScaleType::Bf16 });
-        let (two, three, real) = (form(2, Zero::Half, 32), form(3, Zero::Integer, 32), form(5, Zero::Real, 32));
-        let mut tensors = layer([[two, two, three], [real, real, two]]);
-        for (part, how) in [(In::Query, two), (In::Key, three)] {
-            let name = format!("model.layers.0.self_attn.{part:?}.weight");
-            tensors.push(Tensor { name, shape: vec![64, 96], role: Role::Layer(0, part), form: how });
-        }
-        let rules = Constraints { runtime: Some(Runtime::Native), ..Constraints::default() };
-        let allocated: u64 = tensors
-            .iter()
-            .map(|tensor| {
-                let (Some(scheme), Role::Layer(layer, part)) = (tensor.scheme(), tensor.role) else { return 0 };
-                let grid = match scheme.zero {
-                    Zero::Symmetric => Grid::Sym,
-                    Zero::Half => Grid::Half,
-                    Zero::Integer => Grid::Asym,
-                    Zero::Real => Grid::Offset,
-                };
-                let shape = tensor.matrix_shape().unwrap();
-                let matrix = Matrix { name: tensor.name.clone(), layer, part, shape, scale: scheme.scale };
-                rules.bytes(&matrix, &Choice { bits: scheme.bits, group: scheme.group, grid })
-            })
-            .sum();
-        let declared = Native {}.groups(&tensors).iter().flat_map(|group| Native {}.declare(group).unwrap()).collect::<Vec<_>>();
-        // compressed-tensors' shapes of originals are not counted as weights.
-        let stored = declared.iter().filter(|d| !d.name.ends_with("_shape"));
-        assert_eq!(stored.map(|d| (d.shape.iter().product::<usize>() * d.dtype.size()) as u64).sum::<u64>(), allocated);
-    }
-
-    #[test]
     fn kernels_want_gate_and_up_in_one_and_routed_experts() {
         let (two, four) = (scheme(2, Zero::Half), scheme(4, Zero::Symmetric));
         assert_eq!(without_kernels(&layer([[two, two, four], [four, four, two]])), [""; 0]);
