@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Other people's code on our output: compresses the bundled model by the quick start's recipe, then lets transformers 5.17.0 and
 # 4.57.3 load what was exported and compares logits with `moepress eval`. llama.cpp's tools take the importance matrix that
-# `moepress imatrix` writes (with WITH_LLAMACPP=yes).
+# `moepress imatrix` writes (not with WITH_LLAMACPP=no).
 #
 #     tests/interop/run.sh [PYTEST ARGUMENTS]
 #
@@ -59,8 +59,8 @@ llamacpp() {
 once transformers5 newest tests/interop/requirements.txt tests/interop/cpu_torch.py
 once transformers4 older tests/interop/requirements.txt tests/interop/requirements-transformers4.txt
 
-# Several minutes of compiling the first time, so only on request.
-if [ "${WITH_LLAMACPP:-no}" = yes ]; then
+# About three CPU minutes of compiling the first time; WITH_LLAMACPP=no leaves it out, and its tests are skipped aloud.
+if [ "${WITH_LLAMACPP:-yes}" = yes ]; then
     once llamacpp llamacpp tests/interop/requirements-llamacpp.txt
     export LLAMA_CPP="$work/llamacpp/vendor/llama.cpp"
 fi

@@ -12,7 +12,7 @@ import transformers
 
 pytestmark = [
     pytest.mark.skipif(transformers.__version__.startswith("4."), reason="llama.cpp needs no second transformers"),
-    pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="run with WITH_LLAMACPP=yes to build llama.cpp's tools"),
+    pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="WITH_LLAMACPP=no leaves out llama.cpp's tools"),
 ]
 
 MODEL = Path(__file__).parents[1] / "models/moe-4m"
@@ -64,8 +64,9 @@ def values(gguf, path: Path) -> dict[str, numpy.ndarray]:
     return {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
 
 
-def test_its_statistics_are_shown(imatrix):
-    said = llama("llama-imatrix", "--in-file", imatrix, "--show-statistics")
+def test_its_statistics_are_shown(imatrix, base):
+    # It asks for a model, and does not look at it.
+    said = llama("llama-imatrix", "--model", base, "--in-file", imatrix, "--show-statistics")
     assert "(28 tensors)" in said, said
     assert all(said.count(name) == 4 for name in STACKS), said
 
