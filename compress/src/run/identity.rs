@@ -70,7 +70,8 @@ impl Identity {
     }
 
     /// Whether `now` measures the same: its calibration and table of costs are those that this one made, and something after them
-    /// differs. Pruners, budgets, limits, runtime, exports and texts of evaluation are what may differ.
+    /// differs. Pruners, budgets, limits, runtime, exports and texts of evaluation are what may differ; without a table of costs, so is
+    /// everything about the one width.
     pub fn measures_like(&self, now: &Self) -> bool {
         let measured = |identity: &Self| {
             let mut recipe = identity.recipe.clone();
@@ -89,6 +90,9 @@ impl Identity {
                         .iter()
                         .chain(&["runtime", "untied", "min_bits", "max_bits", "devices", "speed"])
                         .for_each(|key| _ = allocate.remove(*key));
+                    if !mixed && allocate.get("grid").and_then(Value::as_str) != Some("best") {
+                        allocate.clear();
+                    }
                     allocate.insert("mixed".to_owned(), mixed.into());
                 }
             }
@@ -209,6 +213,10 @@ mod tests {
         ] {
             assert!(!one.measures_like(&of(other)), "{other}");
         }
+        let uniform = of("bits = 3\ngrid = \"asym\"");
+        assert!(uniform.measures_like(&of("bits = 2\ngroup = 64\nexclude = [\"*.up\"]")));
+        // The best grid is found in a table of costs.
+        assert!(!uniform.measures_like(&of("bits = 3\ngrid = \"best\"")));
     }
 
     #[test]
