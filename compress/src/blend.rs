@@ -79,13 +79,11 @@ impl LayerRows {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     #[test]
     fn an_expert_without_tokens_stands_where_the_layers_tokens_would_put_it() {
-        let model = Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/parity/qwen3_moe")).unwrap();
+        let model = crate::testing::fixture("qwen3_moe");
         let hidden = model.spec().hidden;
         let x = Array2::from_shape_fn((40, hidden), |(i, j)| ((i * 7 + j * 13) % 11) as f32 / 5.0 - 1.0);
         let layer = LayerRows::new(x.clone());

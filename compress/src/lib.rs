@@ -27,5 +27,7 @@ pub mod run;
 pub mod solved;
 pub mod survey;
 pub mod tensorfile;
+#[cfg(test)]
+mod testing;
 
 pub use error::{Error, Result};

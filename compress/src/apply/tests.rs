@@ -21,6 +21,7 @@ use crate::export::{CompressedTensors, Dense, Exports, Native};
 use crate::packed::{self, ExpertRounding, Packed};
 use crate::plan::{Action, Quantize, Solver as Who};
 use crate::quantize::{Grid, Quantizer, gptq, rtn};
+use crate::testing::fixture;
 
 const FAMILIES: [&str; 10] = [
     "mixtral",
@@ -34,10 +35,6 @@ const FAMILIES: [&str; 10] = [
     "deepseek_v3_mtp",
     "deepseek_v3_fp8",
 ];
-
-fn fixture(name: &str) -> Model {
-    Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/parity").join(name)).unwrap()
-}
 
 /// Every Linear matrix of the decoder layers by `how`, everything else kept, buffers dropped.
 fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<Quantize>) -> Plan {
@@ -445,34 +442,22 @@ fn a_native_file_has_the_bytes_that_were_allocated() {
     use calib::arch::Projection::{Down, Gate, Up};
 
     use crate::allocate::{Choice, Constraints, Matrix, Runtime};
-    use crate::export::{Form, Format, Scheme, Tensor, Zero};
-    let form = |bits, zero, size| Form::Quantized(Scheme { bits, group: Group::Size(size), zero, scale: ScaleType::Bf16 });
-    let (two, three, real) = (form(2, Zero::Half, 32), form(3, Zero::Integer, 32), form(5, Zero::Real, 32));
+    use crate::export::{Form, Format, Scheme, Tensor};
+
+    let of = |bits, grid| Choice { bits, group: Group::Size(32), grid };
+    let (two, three, real) = (of(2, Grid::Half), of(3, Grid::Asym), of(5, Grid::Offset));
     let experts = [[two, two, three], [real, real, two]];
-    let routed = (0..2).flat_map(|e| [Gate, Up, Down].into_iter().zip(experts[e]).map(move |(p, form)| (Part::Expert(e, p), form)));
-    let tensors: Vec<Tensor> = routed
-        .chain([(Part::Query, two), (Part::Key, three)])
-        .map(|(part, form)| {
-            let block = if matches!(part, Part::Expert(..)) { "mlp.experts" } else { "self_attn" };
-            Tensor { name: format!("model.layers.0.{block}.{part:?}.weight"), shape: vec![64, 96], role: Role::Layer(0, part), form }
-        })
-        .collect();
+    let routed = (0..2).flat_map(|e| [Gate, Up, Down].into_iter().zip(experts[e]).map(move |(p, choice)| (Part::Expert(e, p), choice)));
+    let (shape, scale) = ([64, 96], ScaleType::Bf16);
     let rules = Constraints { runtime: Some(Runtime::Native), ..Constraints::default() };
-    let allocated: u64 = tensors
-        .iter()
-        .map(|tensor| {
-            let (Some(scheme), Role::Layer(layer, part)) = (tensor.scheme(), tensor.role) else { return 0 };
-            let grid = match scheme.zero {
-                Zero::Symmetric => Grid::Sym,
-                Zero::Half => Grid::Half,
-                Zero::Integer => Grid::Asym,
-                Zero::Real => Grid::Offset,
-            };
-            let shape = tensor.matrix_shape().unwrap();
-            let matrix = Matrix { name: tensor.name.clone(), layer, part, shape, scale: scheme.scale };
-            rules.bytes(&matrix, &Choice { bits: scheme.bits, group: scheme.group, grid })
-        })
-        .sum();
+    let (mut tensors, mut allocated) = (Vec::new(), 0);
+    for (part, choice) in routed.chain([(Part::Query, two), (Part::Key, three)]) {
+        let block = if matches!(part, Part::Expert(..)) { "mlp.experts" } else { "self_attn" };
+        let name = format!("model.layers.0.{block}.{part:?}.weight");
+        let scheme = Scheme { bits: choice.bits, group: choice.group, zero: crate::plan::zero_of(choice.grid), scale };
+        allocated += rules.bytes(&Matrix { name: name.clone(), layer: 0, part, shape, scale }, &choice);
+        tensors.push(Tensor { name, shape: shape.into(), role: Role::Layer(0, part), form: Form::Quantized(scheme) });
+    }
     let declared = Native {}.groups(&tensors).iter().flat_map(|group| Native {}.declare(group).unwrap()).collect::<Vec<_>>();
     // compressed-tensors' shapes of originals are not counted as weights.
     let stored = declared.iter().filter(|d| !d.name.ends_with("_shape"));

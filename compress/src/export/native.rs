@@ -195,28 +195,21 @@ fn plan(group: &[&Tensor]) -> Result<Arena> {
 
 /// What the emitted kernels have no form for, by name.
 pub(super) fn without_kernels(tensors: &[Tensor]) -> Vec<String> {
-    let places = places(tensors);
-    let routed: Vec<(&Place, &Vec<&Tensor>)> = places.iter().filter(|(_, group)| group[0].kind() == Kind::Expert).collect();
+    let mut routed = places(tensors);
+    routed.retain(|_, group| group[0].kind() == Kind::Expert);
     if routed.is_empty() {
         return vec!["kernels are for routed experts, and none is quantized; leave [export.kernels] out".to_owned()];
     }
     let mut found = Vec::new();
-    for (_, group) in routed {
-        let Role::Layer(layer, In::Expert(_, projection)) = group[0].role else { continue };
-        let together = group.iter().any(|t| matches!(t.role, Role::Layer(_, In::Expert(_, Projection::Up))));
-        if projection == Projection::Gate && !together {
-            let name = &group[0].name;
+    for (place, group) in routed {
+        let (Role::Layer(layer, _), name) = (group[0].role, &group[0].name) else { continue };
+        if matches!(&place, Place::Arena(arena) if arena.ends_with(".gate")) {
             found.push(format!(
                 "layer {layer}: gate and up of an expert differ in width or grid (such as {name}); kernels have them in one"
             ));
         }
-        if let Some(side) = group[0].shape.iter().find(|side| *side % 2 != 0) {
-            found.push(format!("{}: a side of {side}; the kernels read activations two at a time", group[0].name));
-        }
-        let count = experts(group).len();
-        if count > 1024 {
-            found.push(format!("layer {layer}: {count} experts; the kernels have room for 1024"));
-        }
+        let objection = group[0].matrix_shape().ok().and_then(|shape| kernels::emit::objection(shape, experts(&group).len()));
+        found.extend(objection.map(|what| format!("{name}: the emitted kernels do not hold {what}")));
     }
     found
 }

@@ -152,16 +152,13 @@ impl<'a> Rows<'a> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
-    use calib::Model;
     use ndarray::Array2;
 
     use super::*;
 
     #[test]
     fn a_gate_weighs_what_enters_and_then_what_leaves() {
-        let model = Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/parity/qwen2_moe")).unwrap();
+        let model = crate::testing::fixture("qwen2_moe");
         let coefficients = Coefficients::new(&model);
         let gate = model.matrix(Role::Layer(0, Part::SharedGate)).unwrap();
         // Row r is r times the unit row 0: its weight is σ(r · g_0).

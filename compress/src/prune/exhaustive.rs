@@ -43,13 +43,6 @@ impl Default for Params {
     }
 }
 
-impl Params {
-    /// How many of a layer's experts stay.
-    pub fn count(&self, before: usize) -> usize {
-        super::Pruner::Exhaustive(self.clone()).asked().count(before)
-    }
-}
-
 /// One token, as far as a set's loss depends on it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Token {

@@ -113,9 +113,9 @@ impl Pass<'_> {
         after: usize,
     ) -> Result<BTreeMap<calib::arch::Role, Own>> {
         let model = self.request.model;
-        if let Some(Pruner::Exhaustive(params)) = self.request.pruner {
+        if let Some(pruner @ Pruner::Exhaustive(params)) = self.request.pruner {
             let (x, y) = (every(x, params.tokens), every(y, params.tokens));
-            *fate = self.searched(layer, moe, (x.view(), y.view()), fate.experts.len().min(params.count(moe.experts)))?;
+            *fate = self.searched(layer, moe, (x.view(), y.view()), fate.experts.len().min(pruner.asked().count(moe.experts)))?;
         }
         match self.request.merger {
             Some(merger) => {

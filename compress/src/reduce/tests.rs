@@ -17,6 +17,7 @@ use crate::merge::weighted_mean;
 use crate::mtp::Mtp;
 use crate::prune::{Params, exhaustive, random};
 use crate::tensorfile::{Create, Declared, Element};
+use crate::testing::fixture;
 
 const FAMILIES: [&str; 10] = [
     "mixtral",
@@ -30,10 +31,6 @@ const FAMILIES: [&str; 10] = [
     "deepseek_v3_mtp",
     "deepseek_v3_fp8",
 ];
-
-fn fixture(name: &str) -> Model {
-    Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/parity").join(name)).unwrap()
-}
 
 /// A tiny checkpoint whose groups are still large enough for the router with half of its experts: a token takes 2 from the better half.
 fn halvable(name: &str) -> Model {

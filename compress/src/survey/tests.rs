@@ -1,7 +1,5 @@
 //! The table over a few tokens of a tiny checkpoint, most of whose experts see none.
 
-use std::path::Path;
-
 use calib::backward::{self, Backward, Scratch};
 use calib::device::Device;
 use calib::pass::{self, Pass};
@@ -16,7 +14,7 @@ use crate::quantize::{Quantizer, gptq};
 
 /// The losses of every matrix, and how many tokens entered each expert.
 fn surveyed(cost: &str, rule: Undercalibrated) -> (Table, BTreeMap<(usize, usize), u64>) {
-    let model = Model::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/parity/qwen3_moe")).unwrap();
+    let model = crate::testing::fixture("qwen3_moe");
     let ids = vec![vec![3, 9, 4, 1]];
     let samples = Samples { domains: vec!["en".into()], tokens: 4, ids, domain: vec![0], ..Default::default() };
     let allocate: Allocate =

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::widen::{WORDS, widen};
 use super::{Job, order, scale_vectors};
 use crate::layout::{TILE_INPUTS, TILE_ROWS};
-use crate::simd::{Lanes, Wide, lanes};
+use crate::simd::Lanes;
 
 /// Most tokens that share what was decoded: their sums of a slab stay in the first cache.
 const TOKENS: usize = 8;
@@ -14,30 +14,7 @@ const TOKENS: usize = 8;
 type Ordered = [[f32; 16]; 8];
 
 /// `out` is `[rows / 64, tokens, 64]`.
-pub(super) fn run(job: &Job<'_>, x: &[f32], out: &mut [f32]) {
-    lanes(Product { job, x, out });
-}
-
-struct Product<'a> {
-    job: &'a Job<'a>,
-    x: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl Wide for Product<'_> {
-    type Out = ();
-
-    fn with(self, lanes: impl Lanes) {
-        let Self { job, x, out } = self;
-        match job.packed.form.bits {
-            2 => by_width::<2, _>(job, x, out, lanes),
-            4 => by_width::<4, _>(job, x, out, lanes),
-            _ => by_width::<8, _>(job, x, out, lanes),
-        }
-    }
-}
-
-fn by_width<const B: usize, L: Lanes>(job: &Job<'_>, x: &[f32], out: &mut [f32], lanes: L) {
+pub(super) fn by_width<const B: usize, L: Lanes>(job: &Job<'_>, x: &[f32], out: &mut [f32], lanes: L) {
     let inputs = job.packed.shape[1];
     let order = const { order::<B>() };
     let tokens = x.len() / inputs;

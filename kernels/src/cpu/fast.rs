@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::widen::{WORDS, widen};
 use super::{Job, order, runs, scale_vectors};
 use crate::layout::{TILE_INPUTS, TILE_ROWS};
-use crate::simd::{Lanes, Wide, lanes, widest};
+use crate::simd::{Lanes, widest};
 
 /// A tile of one token.
 #[derive(Clone)]
@@ -19,30 +19,7 @@ struct Rounded {
 }
 
 /// `out` is `[rows / 64, tokens, 64]`.
-pub(super) fn run(job: &Job<'_>, x: &[f32], out: &mut [f32]) {
-    lanes(Product { job, x, out });
-}
-
-struct Product<'a> {
-    job: &'a Job<'a>,
-    x: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl Wide for Product<'_> {
-    type Out = ();
-
-    fn with(self, lanes: impl Lanes) {
-        let Self { job, x, out } = self;
-        match job.packed.form.bits {
-            2 => by_width::<2, _>(job, x, out, lanes),
-            4 => by_width::<4, _>(job, x, out, lanes),
-            _ => by_width::<8, _>(job, x, out, lanes),
-        }
-    }
-}
-
-fn by_width<const B: usize, L: Lanes>(job: &Job<'_>, x: &[f32], out: &mut [f32], lanes: L) {
+pub(super) fn by_width<const B: usize, L: Lanes>(job: &Job<'_>, x: &[f32], out: &mut [f32], lanes: L) {
     let inputs = job.packed.shape[1];
     let tokens = x.len() / inputs;
     let rounded: Vec<(Vec<Rounded>, Vec<f32>)> = x.par_chunks(inputs).map(|x| round::<B>(job, x)).collect();

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use crate::Group;
 use crate::layout::{Grid, Packed, Rows, TILE_INPUTS, TILE_ROWS, packed_row};
+use crate::simd::{Lanes, Wide, lanes};
 
 /// What a product may lose.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,10 +75,7 @@ impl Linear {
         };
         let job = Job { packed: &self.packed, tiles: padded / TILE_INPUTS, per_tile };
         let mut turned = vec![0.0; rows * tokens];
-        match self.mode {
-            Mode::Exact => exact::run(&job, x, &mut turned),
-            Mode::Fast => fast::run(&job, x, &mut turned),
-        }
+        lanes(Product { mode: self.mode, job: &job, x, out: &mut turned });
         // [rows / 64, tokens, 64], without the padding, by matrix.
         for (which, out) in out.iter_mut().enumerate() {
             out.par_chunks_mut(outputs).enumerate().for_each(|(token, out)| {
@@ -88,6 +86,36 @@ impl Linear {
             });
         }
         out
+    }
+}
+
+/// A product in whatever way the CPU has; `out` is `[rows / 64, tokens, 64]`.
+struct Product<'a> {
+    mode: Mode,
+    job: &'a Job<'a>,
+    x: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Wide for Product<'_> {
+    type Out = ();
+
+    fn with(self, lanes: impl Lanes) {
+        match self.job.packed.form.bits {
+            2 => self.by_width::<2>(lanes),
+            4 => self.by_width::<4>(lanes),
+            _ => self.by_width::<8>(lanes),
+        }
+    }
+}
+
+impl Product<'_> {
+    fn by_width<const B: usize>(self, lanes: impl Lanes) {
+        let Self { mode, job, x, out } = self;
+        match mode {
+            Mode::Exact => exact::by_width::<B, _>(job, x, out, lanes),
+            Mode::Fast => fast::by_width::<B, _>(job, x, out, lanes),
+        }
     }
 }
 

@@ -66,11 +66,8 @@ impl Model {
         if self.layers.is_empty() {
             return refuse("a checkpoint without arenas; export it with [export.native]".to_owned());
         }
-        if let Some(side) = self.sizes.into_iter().find(|side| side % 2 != 0 || *side == 0) {
-            return refuse(format!("a side of {side}: activations are read two at a time"));
-        }
-        if self.experts > 1024 {
-            return refuse(format!("{} experts a layer; there is room for 1024", self.experts));
+        if let Some(what) = objection(self.sizes, self.experts) {
+            return refuse(what);
         }
         for layer in &self.layers {
             for ((name, arena), (rows, shape)) in
@@ -83,6 +80,14 @@ impl Model {
         }
         Ok(())
     }
+}
+
+/// Why the kernels have no form for experts with these sides, or for so many of them a layer; `None` if they have.
+pub fn objection(sides: [usize; 2], experts: usize) -> Option<String> {
+    if let Some(side) = sides.into_iter().find(|side| side % 2 != 0 || *side == 0) {
+        return Some(format!("a side of {side}: activations are read two at a time"));
+    }
+    (experts > 1024).then(|| format!("{experts} experts a layer; there is room for 1024"))
 }
 
 /// The constants, as C and CUDA read them.
