@@ -51,7 +51,7 @@ pub struct Fate {
     /// Experts that stay whatever their score.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub protected: Vec<usize>,
-    /// What router repair came to.
+    /// What repair came to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repaired: Option<Repaired>,
 }

@@ -17,8 +17,8 @@ use crate::repair::{down, removal};
 const CHUNK: usize = 4096;
 
 impl Pass<'_> {
-    /// Fits the router and a factor an expert, and then the down projections if asked, and puts them into `own`. `held` says which of
-    /// the rows are held out.
+    /// Fits the router and a factor an expert, and then the down projections, each if asked, and puts them into `own`. `held` says
+    /// which of the rows are held out.
     pub(super) fn repair(
         &self,
         layer: usize,
@@ -31,25 +31,27 @@ impl Pass<'_> {
         let Some(moe) = spec.moe(layer) else { return Ok(()) };
         let model = self.request.model;
         let (x, y, held) = (every(x, params.tokens), every(y, params.tokens), removal::every(held, params.tokens));
-        let fitted = {
+        let mut found = None;
+        if params.steps > 0 {
             let reduced = Reduced { model, spec, fate, own };
             let (weights, correction) = reduced.router(layer)?;
             let tokens = candidates(&reduced, layer, moe, weights.view(), (x.view(), y.view()))?;
             let (router, correction) = (weights.view(), correction.as_deref());
-            removal::Fit { moe, router, correction, x: x.view(), tokens: &tokens, held: &held }.run(params)?
-        };
-        repaired(model, layer, fate, own, &fitted)?;
-        let (before, mut after) = (fitted.before, fitted.after);
-        if let Some(params) = &params.down {
-            let reduced = Reduced { model, spec, fate, own };
-            let (given, rest) = given(&reduced, layer, moe, (x.view(), y.view()))?;
-            let fitted = down::fit(&given, rest, &held, params)?;
+            let fitted = removal::Fit { moe, router, correction, x: x.view(), tokens: &tokens, held: &held }.run(params)?;
+            repaired(model, layer, fate, own, &fitted)?;
+            found = Some(Repaired { before: fitted.before, after: fitted.after });
+        }
+        if params.down.rounds > 0 {
+            let (given, rest) = given(&Reduced { model, spec, fate, own }, layer, moe, (x.view(), y.view()))?;
+            let fitted = down::fit(&given, rest, &held, &params.down)?;
+            let of_all = |squares: f64| squares / removal::energy(y.view(), &held).max(f64::MIN_POSITIVE);
+            let found = found.get_or_insert(Repaired { before: of_all(fitted.before), after: of_all(fitted.before) });
             if fitted.after < fitted.before {
                 adjusted(model, layer, fate, own, &fitted.changes)?;
-                after = fitted.after / removal::energy(y.view(), &held).max(f64::MIN_POSITIVE);
+                found.after = of_all(fitted.after);
             }
         }
-        fate.repaired = Some(Repaired { before, after });
+        fate.repaired = found;
         Ok(())
     }
 }

@@ -16,6 +16,7 @@ use super::*;
 use crate::merge::weighted_mean;
 use crate::mtp::Mtp;
 use crate::prune::{Params, exhaustive, random};
+use crate::repair::down;
 use crate::tensorfile::{Create, Declared, Element};
 use crate::testing::fixture;
 
@@ -210,7 +211,9 @@ fn an_expert_that_stands_there_twice_becomes_one_again() {
 fn a_repaired_router_says_more_of_what_the_whole_block_said() {
     for name in ["qwen3_moe", "deepseek_v3_mtp"] {
         let model = halvable(name);
-        let params = removal::Params { tokens: 192, steps: 60, ..removal::Params::default() };
+        // The down projections alone are the default, and have a test below.
+        let down = down::Params { rounds: 0, ..down::Params::default() };
+        let params = removal::Params { tokens: 192, steps: 60, down, ..removal::Params::default() };
         let pruner = Pruner::EasyEp(keep(0.5));
         let (_out, experts, reduced) = reduce(&model, &Wish { pruner: Some(&pruner), repair: Some(&params), ..Wish::default() });
         let repaired: Vec<_> = experts.layers.values().filter_map(|fate| fate.repaired).collect();
@@ -227,8 +230,8 @@ fn a_repaired_router_says_more_of_what_the_whole_block_said() {
 fn fitted_down_projections_say_more_of_it_too() {
     for name in ["qwen3_moe", "deepseek_v3_mtp"] {
         let model = halvable(name);
-        let down = Some(crate::repair::down::Params { damping: 1.0 });
-        let params = removal::Params { tokens: 192, steps: 0, down, ..removal::Params::default() };
+        let down = down::Params { damping: 1.0, ..down::Params::default() };
+        let params = removal::Params { tokens: 192, down, ..removal::Params::default() };
         let pruner = Pruner::EasyEp(keep(0.5));
         let (_out, experts, reduced) = reduce(&model, &Wish { pruner: Some(&pruner), repair: Some(&params), ..Wish::default() });
         let repaired: Vec<_> = experts.layers.values().filter_map(|fate| fate.repaired).collect();

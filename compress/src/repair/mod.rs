@@ -23,8 +23,9 @@ pub struct Repair {
     /// which nothing else does, and no byte of its size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router_repair: Option<refit::Params>,
-    /// After experts were pruned or merged: fits the router's rows and a factor an expert (folded into its down projection) to what the
-    /// whole block said, and if asked those projections themselves, layer by layer, each on what the repaired layers before it pass on.
+    /// After experts were pruned or merged: fits the down projections of the experts that are left to what the whole block said, and if
+    /// asked the router's rows and a factor an expert (folded into its down projection) before, layer by layer, each on what the repaired
+    /// layers before it pass on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removal: Option<removal::Params>,
 }

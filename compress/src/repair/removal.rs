@@ -22,20 +22,19 @@ use super::down;
 pub struct Params {
     /// Tokens, spread evenly over the samples that count, that it is fitted to.
     pub tokens: usize,
-    /// Steps of 1,024 tokens.
+    /// Steps of the router's fit, of 1,024 tokens each; 0 leaves the router and the factors alone.
     pub steps: usize,
     /// Step of a router weight, as a share of the router's root mean square; it falls to a tenth.
     pub rate: f64,
     /// Whether each expert gets a factor too.
     pub factors: bool,
-    /// Fits the experts' down projections afterwards, in closed form; without it they only get their factors.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub down: Option<down::Params>,
+    /// The fit of the experts' down projections afterwards, in closed form.
+    pub down: down::Params,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { tokens: 8192, steps: 400, rate: 0.02, factors: true, down: None }
+        Self { tokens: 8192, steps: 0, rate: 0.02, factors: true, down: down::Params::default() }
     }
 }
 

@@ -50,11 +50,16 @@ pub(super) fn check_reduction(recipe: &Recipe, source: &Source) -> Vec<Problem> 
         if !(removal.rate > 0.0 && removal.rate.is_finite()) {
             add("repair.removal.rate".into(), format!("{} is no step", removal.rate), "choose a small share, such as 0.02");
         }
-        if let Some(down) = removal.down.as_ref().filter(|down| !(down.damping > 0.0 && down.damping.is_finite())) {
-            add("repair.removal.down.damping".into(), format!("{} holds nothing", down.damping), "choose a share, such as 0.3");
+        if !(removal.down.damping > 0.0 && removal.down.damping.is_finite()) {
+            let message = format!("{} holds nothing", removal.down.damping);
+            add("repair.removal.down.damping".into(), message, "choose a share, such as 0.3");
+        }
+        if removal.steps == 0 && removal.down.rounds == 0 {
+            let help = "leave `down` as it is, ask for steps, such as 400, or leave [repair.removal] out";
+            add("repair.removal".into(), "no step for the router and no round for the down projections: nothing is fitted".into(), help);
         }
         if removal.tokens < 64 {
-            add("repair.removal.tokens".into(), format!("{} tokens are too few to fit a router to", removal.tokens), "ask for at least 64");
+            add("repair.removal.tokens".into(), format!("{} tokens are too few to fit a layer to", removal.tokens), "ask for at least 64");
         }
     }
     if let Some(crate::merge::Merger::Subspace(params)) = &recipe.merge
