@@ -347,6 +347,30 @@ fn a_model_writes_its_own_calibration_text() {
 }
 
 #[test]
+fn demonstrations_are_completed_by_the_model_itself() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("gptq"));
+    let prompts = ["def add(a, b):", "The river", "x = 3 + 4", "for i in", "One day", "Let n be"];
+    place.write("x.jsonl", &prompts.map(|prompt| serde_json::json!({ "prompt": prompt }).to_string() + "\n").concat());
+    let set = ["--set", "calibrate.corpus=['x.jsonl']", "--set", "calibrate.samples=4", "--set", "calibrate.pack=false"];
+    let check = |more: &[&str]| place.said(&[&["check", "r.toml"][..], &set, more].concat());
+    let refused = check(&[]);
+    assert!(refused.contains("x.jsonl, line 1: a prompt without a completion (6 of 6 lines)"), "{refused}");
+    let generate = ["--generate", "--set", "calibrate.generate.tokens=12"];
+    assert!(check(&generate).contains("no problem found"), "{}", check(&generate));
+    let seen = place.done(&[&["calibrate", "r.toml", "--quiet"][..], &set, &generate].concat());
+    assert!(seen.contains("4 samples"), "{seen}");
+    let written = place.path().join("out/moepress/stats/demonstrations");
+    let written: Vec<_> = fs_err::read_dir(written).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let text = fs_err::read_to_string(&written[0]).unwrap();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.iter().zip(prompts).all(|(line, prompt)| line["prompt"] == prompt && line["completion"].is_string()), "{text}");
+    let corpus = format!("calibrate.corpus=['{}']", written[0].display());
+    let complete = check(&["--generate", "--set", &corpus]);
+    assert!(written.len() == 1 && complete.contains("there is nothing to write"), "{complete}");
+}
+
+#[test]
 fn an_importance_matrix_is_written_and_read_back() {
     let place = Place::new();
     place.write("r.toml", &small_recipe("gptq"));

@@ -176,6 +176,32 @@ pub enum Error {
         source: serde_json::Error,
     },
 
+    /// A demonstration without what follows its prompt.
+    #[error(
+        "{}, line {line}: a prompt without a completion ({lacking} of {lines} lines); add `completion`, or for a calibration text let the \
+         model write it with --generate",
+        path.display()
+    )]
+    NoCompletion {
+        /// The file.
+        path: PathBuf,
+        /// The first such line, from 1.
+        line: usize,
+        /// How many there are.
+        lacking: usize,
+        /// Lines that are not empty.
+        lines: usize,
+    },
+
+    /// A demonstration that the model cannot begin.
+    #[error("{}, line {line}: the prompt is empty, and there is nothing that a completion could follow; leave the line out", path.display())]
+    EmptyPrompt {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+    },
+
     /// A line of a .jsonl file, or a row of a .parquet, without the fields that make a document.
     #[error("{}, line {line}: a document has `text`, or `prompt` and `completion`, as strings, or `messages`, a list of objects", path.display())]
     JsonFields {

@@ -10,6 +10,7 @@
 //! pass to it. While hidden states are written there is one batch of them more.
 
 mod alike;
+mod complete;
 mod draw;
 mod measure;
 mod peak;
@@ -29,6 +30,7 @@ use crate::stats::store::SCHEMA;
 use crate::stats::{LayerStats, Manifest, Part, Store};
 use crate::{Error, Result, Weights};
 
+pub use complete::{Complete, complete};
 pub use draw::{Draw, draw, routing_counts};
 pub use measure::{Measure, Measured};
 pub use peak::peak_bytes;

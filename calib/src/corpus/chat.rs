@@ -1,8 +1,8 @@
 //! A checkpoint's own chat template, rendered as transformers' `apply_chat_template` does.
 //!
 //! The template is `chat_template.jinja`, else `chat_template` of tokenizer_config.json: a text, or a list of named ones of which
-//! `default` is taken. It sees `messages`, `tools` where the line has any, `add_generation_prompt = false` and the special tokens by
-//! their names; blocks are trimmed, strings have Python's methods. `strftime_now` gives a fixed date: no output holds a clock.
+//! `default` is taken. It sees `messages`, `tools` where the line has any, `add_generation_prompt` (false but for prompts) and the special
+//! tokens by their names; blocks are trimmed, strings have Python's methods. `strftime_now` gives a fixed date: no output holds a clock.
 //! Keys of an object come in alphabetical order.
 
 use std::path::{Path, PathBuf};
@@ -20,6 +20,15 @@ const TODAY: &str = "01 Jan 2026";
 
 /// Name of the template within its environment.
 const NAME: &str = "chat_template";
+
+/// Whose turn it is behind the messages.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// Nobody's: the conversation is over.
+    Over,
+    /// The assistant's, which is announced.
+    Assistant,
+}
 
 /// A compiled chat template.
 #[derive(Debug)]
@@ -66,10 +75,24 @@ impl Chat {
     ///
     /// [`Error::ChatTemplate`] with what the template said.
     pub fn render(&self, messages: &Value, tools: Option<&Value>) -> Result<String> {
+        self.rendered(messages, tools, Turn::Over)
+    }
+
+    /// The text of a conversation up to where the assistant begins to answer.
+    ///
+    /// # Errors
+    ///
+    /// As [`Chat::render`].
+    pub fn prompt(&self, messages: &Value, tools: Option<&Value>) -> Result<String> {
+        self.rendered(messages, tools, Turn::Assistant)
+    }
+
+    fn rendered(&self, messages: &Value, tools: Option<&Value>, turn: Turn) -> Result<String> {
         let fail = |e: minijinja::Error| Error::ChatTemplate { path: self.path.clone(), message: e.to_string() };
         let template = self.env.get_template(NAME).map_err(fail)?;
         let tools = tools.map_or_else(|| Jinja::from(()), |tools| Jinja::from(Serde(tools)));
-        let named = context! { messages => Serde(messages), tools => tools, documents => (), add_generation_prompt => false };
+        let answer = turn == Turn::Assistant;
+        let named = context! { messages => Serde(messages), tools => tools, documents => (), add_generation_prompt => answer };
         template.render(context! { ..named, ..Jinja::from(Serde(&self.specials)) }).map_err(fail)
     }
 }
@@ -129,6 +152,7 @@ mod tests {
             json!([{"role": "user", "content": " hi "}, {"role": "x1", "content": "-"}, {"role": "assistant", "content": "a\nb"}]);
         let said = chat.render(&messages, None).unwrap();
         assert_eq!(said, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\na\nb<|im_end|>\n");
+        assert_eq!(chat.prompt(&json!([{"role": "user", "content": "a"}]), None).unwrap(), "<|im_start|>user\na<|im_end|>\nno");
     }
 
     #[test]

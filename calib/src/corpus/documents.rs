@@ -101,7 +101,7 @@ impl<'a> Documents<'a> {
     }
 }
 
-fn text_of(path: &Path) -> Result<String> {
+pub(super) fn text_of(path: &Path) -> Result<String> {
     String::from_utf8(fs_err::read(path)?).map_err(|e| Error::NotUtf8 { path: path.into(), at: e.utf8_error().valid_up_to() })
 }
 

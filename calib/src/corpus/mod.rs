@@ -11,6 +11,7 @@
 //! and is what settings are chosen on.
 
 pub mod chat;
+mod demonstrations;
 mod documents;
 mod source;
 mod tokenizer;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use crate::{Error, Result};
 use documents::Documents;
 
+pub use demonstrations::{Demonstrations, Finish};
 pub use source::Source;
 pub use tokenizer::Tokenizer;
 
@@ -260,6 +262,9 @@ pub(crate) mod tests {
         fs_err::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
         assert_eq!(Tokenizer::open(dir.path(), 11).unwrap().end(), None);
         fs_err::write(dir.path().join("config.json"), r#"{"eos_token_id": [7, 8]}"#).unwrap();
-        assert_eq!(Tokenizer::open(dir.path(), 11).unwrap().end(), Some(7));
+        let tokenizer = Tokenizer::open(dir.path(), 11).unwrap();
+        assert_eq!((tokenizer.end(), tokenizer.stops().unwrap()), (Some(7), vec![7]));
+        fs_err::write(dir.path().join("generation_config.json"), r#"{"eos_token_id": [5, 7]}"#).unwrap();
+        assert_eq!(tokenizer.stops().unwrap(), [7, 5, 7]);
     }
 }

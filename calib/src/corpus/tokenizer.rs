@@ -61,6 +61,19 @@ impl Tokenizer {
         self.end
     }
 
+    /// Tokens at which the model has said what it says: [`Tokenizer::end`] and `eos_token_id` of generation_config.json.
+    ///
+    /// # Errors
+    ///
+    /// An IO error, [`Error::Json`].
+    pub fn stops(&self) -> Result<Vec<u32>> {
+        let config = json_file(&self.path.with_file_name("generation_config.json"))?.unwrap_or_default();
+        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let asked = &config["eos_token_id"];
+        let many = asked.as_array().into_iter().flatten().chain([asked]).filter_map(id);
+        Ok(self.end.into_iter().chain(many).collect())
+    }
+
     /// How many ids the tokenizer gives a meaning, from 0 on; an embedding may have further rows.
     pub fn known(&self) -> usize {
         self.inner.get_vocab_size(true).min(self.vocab)

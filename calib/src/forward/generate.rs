@@ -102,7 +102,7 @@ impl<'a, B: Backend> Generator<'a, B> {
 }
 
 /// Index of the largest; of equals the lowest.
-fn likeliest(logits: &[f32]) -> u32 {
+pub(crate) fn likeliest(logits: &[f32]) -> u32 {
     let mut best = 0;
     for (id, logit) in logits.iter().enumerate() {
         if *logit > logits[best] {

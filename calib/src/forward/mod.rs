@@ -41,6 +41,7 @@ pub(crate) use adjoint::{Adjoint, SiteRows};
 pub use batch::{BATCH_TOKENS, embed, rows};
 pub use cache::{Cache, LayerCache};
 pub use generate::Generator;
+pub(crate) use generate::likeliest;
 pub use head::Head;
 pub(crate) use layer::{Context, MlpKind};
 pub use layer::{DecoderLayer, Experts, attention_alone, decoder_layer};

@@ -8,6 +8,7 @@
 
 pub mod balanced;
 pub mod ebss;
+mod generate;
 pub mod random;
 pub mod sequential;
 pub mod temperature;
@@ -23,6 +24,7 @@ use crate::corpus::{Corpus, Source, Text};
 use crate::stats::Undercalibrated;
 use crate::{Error, Result};
 
+pub use generate::Generate;
 pub use write::Writing;
 
 /// `[calibrate]`: the text that a model is measured on.
@@ -49,6 +51,10 @@ pub struct Calibrate {
     /// Who chooses the samples.
     #[serde(default)]
     pub sampler: Sampler,
+    /// Lets the model write what follows the prompts of `.jsonl` texts that nothing follows (`prompt` without `completion`, `messages` that
+    /// end before the assistant's turn), before it is measured on them. `--generate` asks for it with the defaults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generate: Option<Generate>,
     /// Which tokens the second moments and channel sums of the routed experts are over, and so what solvers see. What the router
     /// chose and the experts gave is measured of the routed tokens either way.
     #[serde(default)]
@@ -71,7 +77,8 @@ impl Calibrate {
         let (corpus, sampler) = (corpus.into_iter().map(Source::from).collect(), Sampler::default());
         let (samples, tokens, pack, experts) = (samples(), tokens(), pack(), Through::default());
         let undercalibrated = Undercalibrated::default();
-        Self { corpus, samples, tokens, pack, seed: 0, sampler, experts, traces: false, similarity_tokens: 0, undercalibrated }
+        let (traces, generate, similarity_tokens) = (false, None, 0);
+        Self { corpus, samples, tokens, pack, seed: 0, sampler, generate, experts, traces, similarity_tokens, undercalibrated }
     }
 }
 

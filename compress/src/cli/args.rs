@@ -102,6 +102,9 @@ pub(super) struct RecipeArgs {
     /// Where the result goes, instead of the recipe's `out`
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Let the model write the completions of demonstrations that have none, first (calibrate.generate)
+    #[arg(long)]
+    pub generate: bool,
     /// Replace a value of the recipe, such as allocate.bits=3; may be given more than once
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,

@@ -74,7 +74,8 @@ fn emit(args: &EmitArgs) -> Result<String> {
 }
 
 fn load(args: &RecipeArgs) -> Result<Loaded> {
-    let overrides = recipe::Overrides { model: args.model.clone(), out: args.out.clone(), set: args.set.clone() };
+    let (model, out, set) = (args.model.clone(), args.out.clone(), args.set.clone());
+    let overrides = recipe::Overrides { model, out, generate: args.generate, set };
     Ok(recipe::load(&args.recipe, &overrides)?)
 }
 

@@ -358,8 +358,9 @@ mod tests {
 
     fn loaded(text: &str) -> (Loaded, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["a.txt", "b.jsonl", "c.md"] {
-            fs_err::write(dir.path().join(name), "x").unwrap();
+        let prompts = "{\"prompt\": \"x\", \"completion\": \"y\"}\n{\"prompt\": \"x\"}\n";
+        for (name, text) in [("a.txt", "x"), ("b.jsonl", "{\"text\": \"x\"}"), ("c.md", "x"), ("p.jsonl", prompts)] {
+            fs_err::write(dir.path().join(name), text).unwrap();
         }
         let path = dir.path().join("r.toml");
         fs_err::write(&path, text).unwrap();
@@ -429,6 +430,27 @@ mod tests {
         assert_eq!(said("[]", "sampler.temperature.temperature = 0.8"), "");
         let all = said("[\"a.txt\"]", "experts = \"all\"\n[objective]\ntoken_weight = \"affinity\"");
         assert!(all.contains("r.toml:6:11: objective.token_weight works on the tokens that an expert is given"), "{all}");
+    }
+
+    #[test]
+    fn demonstrations_are_read_before_anything_runs() {
+        let said = |corpus: &str, more: &str| {
+            said(&GOOD.replace("corpus = [\"a.txt\"]", &format!("corpus = [\"{corpus}\"]\n{more}")), None).join("\n")
+        };
+        let lacks = said("p.jsonl", "");
+        assert!(lacks.contains("r.toml:5:11: p.jsonl, line 2: a prompt without a completion (1 of 2 lines)"), "{lacks}");
+        assert_eq!(said("p.jsonl", "generate = { tokens = 9, temperature = 0.7 }"), "");
+        assert!(said("b.jsonl", "generate = {}").contains("r.toml:6:1: no text has a prompt without a completion"));
+        assert!(said("p.jsonl", "generate.at_once = 0").contains("at_once = 0; ask for at least 1"));
+        assert!(said("p.jsonl", "generate = {}\nsampler.ebss = {}").contains("the sampler ebss reads no texts"));
+    }
+
+    #[test]
+    fn a_repair_of_nothing_is_refused() {
+        let said = |removal: &str| said(&format!("{GOOD}[prune.easy_ep]\nkeep = 0.5\n[repair.removal]\n{removal}\n"), None).join("\n");
+        assert_eq!((said(""), said("steps = 9\ndown.rounds = 0")), (String::new(), String::new()));
+        assert!(said("down.rounds = 0").contains("nothing is fitted; leave `down` as it is"), "{}", said("down.rounds = 0"));
+        assert!(said("down.damping = 0.0").contains("0 holds nothing; choose a share"));
     }
 
     #[test]

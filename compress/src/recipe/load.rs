@@ -16,6 +16,8 @@ pub struct Overrides {
     pub model: Option<PathBuf>,
     /// `--out DIR`.
     pub out: Option<PathBuf>,
+    /// `--generate`: `calibrate.generate` with its defaults, where the document has none.
+    pub generate: bool,
     /// `--set key=value`, in order.
     pub set: Vec<String>,
 }
@@ -126,7 +128,15 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Loaded, Invalid> {
     };
     let mut recipe: Recipe = toml::from_str(&source.text).map_err(|e| said(&source, &e))?;
     let mut table: Table = toml::from_str(&source.text).map_err(|e| said(&source, &e))?;
-    for text in &overrides.set {
+    let generate = match &recipe.calibrate {
+        _ if !overrides.generate => None,
+        None => {
+            let message = "--generate: there are no demonstrations to complete, for there is no [calibrate]".into();
+            return Err(source.invalid(vec![Problem { message, help: Some("name texts with calibrate.corpus".into()), span: None }]));
+        }
+        Some(calibrate) => calibrate.generate.is_none().then(|| "calibrate.generate={}".to_owned()),
+    };
+    for text in generate.iter().chain(&overrides.set) {
         recipe = set::apply(&mut table, text)
             .map_err(|message| (message, None))
             .and_then(|edit| {
@@ -201,6 +211,23 @@ mod tests {
         assert!(matches!(loaded.recipe.quantize, Some(Quantizer::Rtn(_))));
         let loaded = read(TEXT, &["allocate.bits_per_weight=2.5", "evaluate.text=['t.txt']"]).unwrap();
         assert_eq!(loaded.recipe.allocate.unwrap().budgets(), ["bits_per_weight"]);
+    }
+
+    #[test]
+    fn generate_is_a_table_of_the_recipe_with_its_defaults() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.toml");
+        let asked = |text: &str, set: &[&str]| {
+            fs_err::write(&path, text).unwrap();
+            let set = set.iter().map(|s| (*s).to_owned()).collect();
+            load(&path, &Overrides { generate: true, set, ..Overrides::default() })
+        };
+        let tokens = |loaded: Loaded| loaded.recipe.calibrate.and_then(|calibrate| calibrate.generate).map(|generate| generate.tokens);
+        assert_eq!(tokens(asked(TEXT, &[]).unwrap()), Some(512));
+        assert_eq!(tokens(asked(TEXT, &["calibrate.generate.tokens=9"]).unwrap()), Some(9));
+        assert_eq!(tokens(asked(&TEXT.replace("[quantize", "[calibrate.generate]\ntokens = 7\n[quantize"), &[]).unwrap()), Some(7));
+        let said = asked("schema = 1\n", &[]).unwrap_err().to_string();
+        assert!(said.contains("--generate: there are no demonstrations to complete"), "{said}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use calib::corpus::{Corpus, Tokenizer};
 use calib::device::Device;
 use calib::evaluate::{Evaluate, Models, Windows, evaluate};
-use calib::pass::{self, Draw, Pass};
+use calib::pass::{self, Complete, Draw, Pass};
 use calib::progress::{Progress, Quiet};
 use calib::sample::{Sampler, Samples};
 use calib::stats::Store;
@@ -77,6 +77,8 @@ impl<'a> Work<'a> {
         let sampled = [Stage::Calibrate, Stage::Reduce, Stage::Apply].iter().any(|stage| todo.contains(stage));
         if let Some(asked) = self.recipe.calibrate.as_ref().filter(|_| sampled && !self.model.checkpoint().is_shape_only()) {
             match asked.sampler {
+                // What the model is yet to write is read in its stage; its prompts were read by the check.
+                _ if asked.generate.is_some() => drop(self.tokenizer()?),
                 Sampler::Balanced(_) => drop(Corpus::of(&asked.corpus, &self.tokenizer()?)?),
                 Sampler::Ebss(_) | Sampler::Temperature(_) => drop(self.tokenizer()?),
                 Sampler::Sequential(_) | Sampler::Random(_) => drop(self.samples(&Quiet)?),
@@ -122,8 +124,16 @@ impl<'a> Work<'a> {
         let Some(asked) = &self.recipe.calibrate else { return Ok(None) };
         if self.samples.get().is_none() {
             let tokenizer = &self.tokenizer()?;
-            let corpus = if asked.sampler.writes() { None } else { Some(Corpus::of(&asked.corpus, tokenizer)?) };
             let (dir, fingerprint) = (&self.folder.path("stats"), self.shape.fingerprint.as_str());
+            let sources = match &asked.generate {
+                Some(params) => {
+                    let (dir, seed) = (&dir.join("demonstrations"), asked.seed);
+                    let how = Complete { weights: self.model, fingerprint, tokenizer, params, seed, dir, progress };
+                    &pass::complete(&how, &asked.corpus, self.device)?
+                }
+                None => &asked.corpus,
+            };
+            let corpus = if asked.sampler.writes() { None } else { Some(Corpus::of(sources, tokenizer)?) };
             let draw = Draw { weights: self.model, fingerprint, calibrate: asked, corpus: corpus.as_ref(), tokenizer, dir, progress };
             // Nobody else can have filled it: the cell is this thread's own.
             let _ = self.samples.set(pass::draw(&draw, self.device)?);

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use calib::corpus::ENDINGS;
+use calib::corpus::{Demonstrations, ENDINGS};
 use calib::sample::{Calibrate, Through};
 
 use super::super::{Problem, Recipe, Source};
@@ -28,6 +28,7 @@ pub(super) fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
                 );
             }
             found_of_sampler(calibrate, &mut add);
+            found_of_generate(calibrate, &mut add);
             let rule = calibrate.undercalibrated;
             if !(rule.threshold().is_finite() && rule.threshold() >= 0.0) {
                 let share = rule.threshold();
@@ -56,7 +57,9 @@ pub(super) fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
             add(key, format!("{key} names no text"));
         }
         for (i, text) in texts.iter().enumerate() {
-            if let Some(message) = text_problem(text, &texts[..i]) {
+            let generated = key == "calibrate.corpus" && recipe.calibrate.as_ref().is_some_and(|c| c.generate.is_some());
+            let message = text_problem(text, &texts[..i]);
+            if let Some(message) = message.or_else(|| if generated { prompt_problem(text.0) } else { demonstration_problem(text.0) }) {
                 add(&format!("{key}.{i}"), message);
             }
         }
@@ -89,6 +92,41 @@ fn found_of_sampler(calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) {
     if calibrate.sampler.writes() && !calibrate.pack {
         add("calibrate.pack", format!("the sampler {name} writes samples of calibrate.tokens each; there are no documents to keep apart"));
     }
+}
+
+/// What is wrong with letting the model write completions: knobs, and that there is none to write.
+fn found_of_generate(calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) {
+    let Some(generate) = &calibrate.generate else { return };
+    for (knob, message) in generate.problems() {
+        add(&format!("calibrate.generate.{knob}"), message);
+    }
+    if calibrate.sampler.writes() {
+        let name = calibrate.sampler.name();
+        add(
+            "calibrate.generate",
+            format!("the sampler {name} reads no texts, so there are no prompts to complete; leave one of the two out"),
+        );
+    } else if calibrate.corpus.iter().all(|source| lines(&source.path).is_some_and(|lines| lines.is_ok_and(|l| l.unfinished().is_empty())))
+    {
+        add("calibrate.generate", "no text has a prompt without a completion: there is nothing to write; leave it out".into());
+    }
+}
+
+/// The lines of a text that is a `.jsonl` file; none of another kind of text, `None` where there is no such file.
+fn lines(path: &Path) -> Option<calib::Result<Demonstrations>> {
+    let demonstrations = path.extension().is_some_and(|ending| ending == "jsonl");
+    path.is_file().then(|| if demonstrations { Demonstrations::read(path) } else { Ok(Demonstrations::default()) })
+}
+
+/// The first line that is no document, or that nothing follows.
+fn demonstration_problem(path: &Path) -> Option<String> {
+    let checked = lines(path)?.and_then(|lines| lines.check().and_then(|()| lines.complete()));
+    checked.err().map(|error| error.to_string())
+}
+
+/// The first line that the model can neither read nor go on with.
+fn prompt_problem(path: &Path) -> Option<String> {
+    lines(path)?.and_then(|lines| lines.check()).err().map(|error| error.to_string())
 }
 
 /// A file and its domain.
