@@ -20,7 +20,8 @@ use super::down;
 #[serde(default, deny_unknown_fields)]
 #[schemars(rename = "Removal")]
 pub struct Params {
-    /// Tokens, spread evenly over the samples that count, that it is fitted to.
+    /// Tokens, spread evenly over the samples that count, that it is fitted to: with few of them the tokens held out gain nothing and
+    /// layers stay as they were. Each is held for every expert that it chose, 4 bytes a value of its inner and hidden width.
     pub tokens: usize,
     /// Steps of the router's fit, of 1,024 tokens each; 0 leaves the router and the factors alone.
     pub steps: usize,
@@ -34,7 +35,7 @@ pub struct Params {
 
 impl Default for Params {
     fn default() -> Self {
-        Self { tokens: 8192, steps: 0, rate: 0.02, factors: true, down: down::Params::default() }
+        Self { tokens: 40960, steps: 0, rate: 0.02, factors: true, down: down::Params::default() }
     }
 }
 
