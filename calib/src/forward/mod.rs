@@ -44,7 +44,7 @@ pub use generate::Generator;
 pub use head::Head;
 pub(crate) use layer::{Context, MlpKind};
 pub use layer::{DecoderLayer, Experts, attention_alone, decoder_layer};
-pub use memory::{Samples, peak_bytes};
+pub use memory::{Samples, layer_weights, peak_bytes};
 pub(crate) use moe::CHUNK;
 pub(crate) use moe::{GatedMlp, Load, MlpAdjoint, MoeBlock, Output, SharedExpert, accumulate, add, blocks, expert, gather, pieces, starts};
 pub use moe::{spread, values};
