@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::backward;
 use crate::checkpoint::Fingerprint;
 use crate::corpus::{Corpus, Source, Text};
 use crate::stats::Undercalibrated;
@@ -63,6 +64,9 @@ pub struct Calibrate {
     /// What becomes of an expert that too few tokens reached.
     #[serde(default)]
     pub undercalibrated: Undercalibrated,
+    /// The loss of the backward pass, where `objective.token_weight` or `allocate.cost` is `end_loss`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_loss: Option<backward::Params>,
 }
 
 impl Calibrate {
@@ -71,7 +75,8 @@ impl Calibrate {
         let (corpus, sampler) = (corpus.into_iter().map(Source::from).collect(), Sampler::default());
         let (samples, tokens, pack, experts) = (samples(), tokens(), pack(), Through::default());
         let undercalibrated = Undercalibrated::default();
-        Self { corpus, samples, tokens, pack, seed: 0, sampler, experts, traces: false, similarity_tokens: 0, undercalibrated }
+        let (similarity_tokens, end_loss) = (0, None);
+        Self { corpus, samples, tokens, pack, seed: 0, sampler, experts, traces: false, similarity_tokens, undercalibrated, end_loss }
     }
 }
 

@@ -3,10 +3,12 @@
 use std::borrow::Cow;
 use std::path::Path;
 
+use calib::backward::Targets;
 use calib::corpus::ENDINGS;
 use calib::sample::{Calibrate, Through};
 
 use super::super::{Problem, Recipe, Source};
+use crate::allocate::Cost;
 use crate::objective::TokenWeight;
 
 /// Texts that are needed and absent, asked for and not there, or too few.
@@ -33,6 +35,7 @@ pub(super) fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
                 let share = rule.threshold();
                 add("calibrate.undercalibrated", format!("{share} tokens an input are no threshold; ask for 0 or more, such as 0.5"));
             }
+            found_of_end_loss(recipe, calibrate, &mut add);
             if calibrate.tokens < 2 {
                 add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
             }
@@ -88,6 +91,19 @@ fn found_of_sampler(calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) {
     }
     if calibrate.sampler.writes() && !calibrate.pack {
         add("calibrate.pack", format!("the sampler {name} writes samples of calibrate.tokens each; there are no documents to keep apart"));
+    }
+}
+
+/// A loss that nothing takes a gradient of, or a seed that draws nothing.
+fn found_of_end_loss(recipe: &Recipe, calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) {
+    let Some(params) = &calibrate.end_loss else { return };
+    let weighs = recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
+    if !weighs && !recipe.allocate.as_ref().is_some_and(|allocate| allocate.is_mixed() && allocate.cost == Cost::EndLoss) {
+        let needed = "objective.token_weight = \"end_loss\", or a budget with allocate.cost = \"end_loss\"";
+        add("calibrate.end_loss", format!("nothing needs a backward pass, so its loss changes nothing; ask for {needed}, or leave it out"));
+    }
+    if params.targets == Targets::Text && params.seed != 0 {
+        add("calibrate.end_loss.seed", "targets of the text are not drawn; leave the seed out, or use targets = \"own\"".into());
     }
 }
 
