@@ -113,6 +113,7 @@ fn rounding_and_exporting_hold_a_few_matrices() {
         corpus: None,
         quantizer: Some(Quantizer::Rtn(rtn::Params::default())),
         objective: Default::default(),
+        end_loss: Default::default(),
         refine: None,
         repair: Default::default(),
         allocation: None,

@@ -22,6 +22,18 @@ pub enum Error {
         source: serde_json::Error,
     },
 
+    /// A file of ours whose fields are not those that this program writes.
+    #[error(
+        "{}: another version of moepress wrote it ({what}), and what it measured cannot be used here; calibrate again with --force",
+        path.display()
+    )]
+    OtherVersion {
+        /// The file.
+        path: PathBuf,
+        /// What is different: `missing field `drawn``, …
+        what: String,
+    },
+
     // ---- checkpoint (one section a module, so that each is easy to find) ----
     /// A checkpoint, or a part of one, that cannot be read or written.
     #[error("{}: {problem}", at.display())]
@@ -527,6 +539,13 @@ pub enum Error {
     /// Whatever a [`Tap`](crate::forward::Tap) found wrong, from outside this crate.
     #[error(transparent)]
     Tap(Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// What is wrong with a JSON file that this program wrote itself, whole: other fields than ours are another version's.
+    pub fn own_json(path: PathBuf, source: serde_json::Error) -> Self {
+        if source.is_data() { Self::OtherVersion { path, what: source.to_string() } } else { Self::Json { path, source } }
+    }
 }
 
 fn plural(windows: usize) -> String {

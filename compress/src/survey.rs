@@ -142,7 +142,8 @@ impl<'a> Survey<'a> {
                     return Err(Error::Stage { path, what: "the losses of this layer are missing".into() });
                 }
                 let text = fs_err::read(&path)?;
-                let found: BTreeMap<String, Entry> = serde_json::from_slice(&text).map_err(|source| Error::Json { path, source })?;
+                let found: BTreeMap<String, Entry> =
+                    serde_json::from_slice(&text).map_err(|source| calib::Error::own_json(path, source))?;
                 entries.extend(found);
             }
             if self.cost == Cost::Pmq {

@@ -33,6 +33,15 @@ pub fn peak_bytes(spec: &Spec, layer: usize, samples: Samples, in_flight: usize)
     4 * (3 * rows * d + weights + held + lists + feed_forward.max(in_flight * attention)) as u64
 }
 
+/// Weights of a decoder layer's Linear matrices; its router, norms and biases are none.
+pub fn layer_weights(spec: &Spec, layer: usize) -> u64 {
+    let mlp = match &spec.layers[layer].mlp {
+        Mlp::Dense { inner } => *inner,
+        Mlp::Moe(moe) => moe.experts * moe.inner + moe.shared.as_ref().map_or(0, |shared| shared.inner),
+    };
+    (attention_weights(spec) + 3 * mlp * spec.hidden) as u64
+}
+
 /// Elements of a gated MLP over some rows: its input twice while it is gathered, its output, and four intermediate widths.
 fn mlp(rows: usize, inner: usize, d: usize) -> usize {
     rows * (3 * d + 4 * inner)
@@ -203,6 +212,18 @@ pub(crate) mod tests {
             assert!(peak < bound + (24 << 20), "{child}: peak {peak}, formula {bound}");
             assert!(peak > bound / 2, "{child}: the formula is far too large: peak {peak}, formula {bound}");
         }
+    }
+
+    #[test]
+    fn weights_of_a_layer_by_hand() {
+        let Made(spec) = wide(grouped_spec());
+        // Attention 256 · (256 + 64 + 64) + 256 · 256, 128 experts of three times 512 · 256, and whoever is shared.
+        let Mlp::Moe(moe) = &spec.layers[0].mlp else { panic!("a layer of experts") };
+        let shared = moe.shared.as_ref().map_or(0, |shared| shared.inner as u64);
+        assert_eq!(layer_weights(&spec, 0), 163_840 + 3 * 256 * (128 * 512 + shared));
+        let mut dense = spec.clone();
+        dense.layers[0].mlp = Mlp::Dense { inner: 100 };
+        assert_eq!(layer_weights(&dense, 0), 163_840 + 3 * 256 * 100);
     }
 
     #[test]

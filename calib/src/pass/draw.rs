@@ -74,7 +74,7 @@ fn balance(draw: &Draw<'_>, params: &balanced::Params, device: Device) -> Result
         .field(format!("{:?}", params.coverage).as_bytes())
         .finish();
     let path = draw.dir.join("samples.json");
-    let json = |source| Error::Json { path: path.clone(), source };
+    let json = |source| Error::own_json(path.clone(), source);
     if path.is_file() {
         let kept: Kept = serde_json::from_slice(&fs_err::read(&path)?).map_err(json)?;
         if kept.key == key {

@@ -49,7 +49,7 @@ pub(super) fn write(draw: &Draw<'_>, device: Device) -> Result<Samples> {
         .finish();
     let path = draw.dir.join("written.json");
     let found = if path.is_file() {
-        let json = |source| Error::Json { path: path.clone(), source };
+        let json = |source| Error::own_json(path.clone(), source);
         Some(serde_json::from_slice::<Written>(&fs_err::read(&path)?).map_err(json)?).filter(|found| found.key == key)
     } else {
         None

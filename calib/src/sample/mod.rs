@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::backward;
 use crate::checkpoint::Fingerprint;
 use crate::corpus::{Corpus, Source, Text};
 use crate::stats::Undercalibrated;
@@ -69,6 +70,9 @@ pub struct Calibrate {
     /// What becomes of an expert that too few tokens reached.
     #[serde(default)]
     pub undercalibrated: Undercalibrated,
+    /// The loss of the backward pass, where `objective.token_weight` or `allocate.cost` is `end_loss`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_loss: Option<backward::Params>,
 }
 
 impl Calibrate {
@@ -77,8 +81,9 @@ impl Calibrate {
         let (corpus, sampler) = (corpus.into_iter().map(Source::from).collect(), Sampler::default());
         let (samples, tokens, pack, experts) = (samples(), tokens(), pack(), Through::default());
         let undercalibrated = Undercalibrated::default();
-        let (traces, generate, similarity_tokens) = (false, None, 0);
-        Self { corpus, samples, tokens, pack, seed: 0, sampler, generate, experts, traces, similarity_tokens, undercalibrated }
+        let (traces, similarity_tokens, generate, end_loss) = (false, 0, None, None);
+        let seed = 0;
+        Self { corpus, samples, tokens, pack, seed, sampler, generate, experts, traces, similarity_tokens, undercalibrated, end_loss }
     }
 }
 

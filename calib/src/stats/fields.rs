@@ -1,6 +1,7 @@
 //! A layer's statistics as named tensors: counts are U64, sums F64, little endian.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use ndarray::{Array, ArrayD, Dimension};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -42,7 +43,11 @@ struct Field {
 
 /// Named tensors.
 #[derive(Default)]
-pub(super) struct Fields(BTreeMap<String, Field>);
+pub(super) struct Fields {
+    tensors: BTreeMap<String, Field>,
+    /// The first that was asked for and is not there.
+    missing: OnceLock<String>,
+}
 
 /// A statistic that is stored as fields below a name.
 pub(super) trait Stored: Sized {
@@ -56,23 +61,31 @@ pub(super) trait Stored: Sized {
 impl Fields {
     pub fn put<T: Word, D: Dimension>(&mut self, name: String, values: &Array<T, D>) {
         let bytes = values.iter().flat_map(|v| v.to_bytes()).collect();
-        self.0.insert(name, Field { dtype: T::DTYPE, shape: values.shape().to_vec(), bytes });
+        self.tensors.insert(name, Field { dtype: T::DTYPE, shape: values.shape().to_vec(), bytes });
     }
 
     pub fn get<T: Word, D: Dimension>(&self, name: &str) -> Option<Array<T, D>> {
-        let field = self.0.get(name).filter(|f| f.dtype == T::DTYPE)?;
+        if !self.tensors.contains_key(name) {
+            self.missing.get_or_init(|| name.to_owned());
+        }
+        let field = self.tensors.get(name).filter(|f| f.dtype == T::DTYPE)?;
         let words: Vec<T> = field.bytes.chunks_exact(8).map(|w| w.try_into().ok().map(T::from_bytes)).collect::<Option<_>>()?;
         ArrayD::from_shape_vec(field.shape.clone(), words).ok()?.into_dimensionality().ok()
     }
 
+    /// The first tensor that was asked for and is not there.
+    pub fn missing(&self) -> Option<&str> {
+        self.missing.get().map(String::as_str)
+    }
+
     /// Whether any name begins so.
     pub fn has(&self, prefix: &str) -> bool {
-        self.0.keys().any(|name| name.starts_with(prefix))
+        self.tensors.keys().any(|name| name.starts_with(prefix))
     }
 
     /// What stands between a prefix and a suffix in the names that have both.
     pub fn between(&self, prefix: &str, suffix: &str) -> impl Iterator<Item = &str> {
-        self.0.keys().filter_map(move |name| name.strip_prefix(prefix)?.strip_suffix(suffix))
+        self.tensors.keys().filter_map(move |name| name.strip_prefix(prefix)?.strip_suffix(suffix))
     }
 
     /// A statistic that may be absent altogether; `None` where it is there in part.
@@ -82,8 +95,8 @@ impl Fields {
 
     /// The bytes of a safetensors file.
     pub fn to_file(&self) -> Result<Vec<u8>, safetensors::SafeTensorError> {
-        let mut views = Vec::with_capacity(self.0.len());
-        for (name, field) in &self.0 {
+        let mut views = Vec::with_capacity(self.tensors.len());
+        for (name, field) in &self.tensors {
             views.push((name, TensorView::new(field.dtype, field.shape.clone(), &field.bytes)?));
         }
         safetensors::serialize(views, None)
@@ -95,7 +108,7 @@ impl Fields {
         let field = |(name, view): (&str, TensorView<'_>)| {
             (name.to_owned(), Field { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() })
         };
-        Ok(Self(file.iter().map(field).collect()))
+        Ok(Self { tensors: file.iter().map(field).collect(), missing: OnceLock::new() })
     }
 }
 

@@ -1,6 +1,5 @@
 //! Statistics of several passes added up into one folder.
 
-use super::store::SCHEMA;
 use super::{Manifest, Store};
 use crate::{Error, Result};
 
@@ -10,9 +9,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`Error::Unmergeable`] where this folder holds something already, or a pass is not finished, is of another model or form, or has
-    /// samples that another one has too;
-    /// an IO error; [`Error::Statistics`] and [`Error::StatsDiffer`] where files do not fit their manifests.
+    /// [`Error::Unmergeable`] where this folder holds something already, or a pass is not finished, is of another model, or has samples
+    /// that another one has too; an IO error; [`Error::OtherVersion`], [`Error::Statistics`] and [`Error::StatsDiffer`] where files do not fit their manifests.
     pub fn merge(&self, from: &[Self]) -> Result<Manifest> {
         if self.dir().is_dir() && fs_err::read_dir(self.dir())?.next().is_some() {
             let reason = "it holds something already; statistics are added up into an empty or new directory".to_owned();
@@ -23,9 +21,6 @@ impl Store {
         let mut merged = Manifest { domains: vec![], parts: vec![], ..first.clone() };
         for (store, manifest) in from.iter().zip(&manifests) {
             let refuse = |reason: &str| Err(Error::Unmergeable { dir: store.dir().into(), reason: reason.to_owned() });
-            if manifest.schema != SCHEMA {
-                return refuse(&format!("its form is {}, and this program adds up form {SCHEMA}", manifest.schema));
-            }
             if (&manifest.model, manifest.layers) != (&first.model, first.layers) {
                 return refuse(&format!("it is of another model than the first ({:.12}…, not {:.12}…)", manifest.model, first.model));
             }

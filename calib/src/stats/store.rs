@@ -82,13 +82,18 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// An IO error or [`Error::Json`].
+    /// An IO error, [`Error::Json`], [`Error::OtherVersion`].
     pub fn manifest(&self) -> Result<Option<Manifest>> {
         let path = self.dir.join("manifest.json");
         if !path.is_file() {
             return Ok(None);
         }
-        serde_json::from_slice(&fs_err::read(&path)?).map(Some).map_err(|source| Error::Json { path, source })
+        let manifest: Manifest = serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::own_json(path.clone(), source))?;
+        if manifest.schema != SCHEMA {
+            let what = format!("its form is {}, and this program reads form {SCHEMA}", manifest.schema);
+            return Err(Error::OtherVersion { path, what });
+        }
+        Ok(Some(manifest))
     }
 
     /// Writes the manifest: the statistics are complete.
@@ -122,11 +127,15 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// An IO error, or [`Error::Statistics`] where the file is not one of these.
+    /// An IO error, [`Error::OtherVersion`] where a tensor is missing, or [`Error::Statistics`] where the file is not one of these.
     pub fn get(&self, layer: usize) -> Result<LayerStats> {
         let path = self.layer_path(layer);
         let fields = Fields::from_file(&fs_err::read(&path)?).map_err(|e| invalid(&path, e.to_string()))?;
-        read(&fields).ok_or_else(|| invalid(&path, "a tensor is missing or misshapen".into()))
+        // The file got its name when it was whole, so what it lacks was never written.
+        read(&fields).ok_or_else(|| match fields.missing() {
+            Some(name) => Error::OtherVersion { path: path.clone(), what: format!("missing tensor `{name}`") },
+            None => invalid(&path, "a tensor is misshapen".into()),
+        })
     }
 
     /// Where a layer's routing traces lie.
@@ -306,7 +315,38 @@ mod tests {
         assert!(error.contains("layer-00000.safetensors"), "{error}");
         let view = TensorView::new(Dtype::U64, vec![1], &[0; 8]).unwrap();
         fs_err::write(store.layer_path(0), safetensors::serialize([("router.tokens", view)], None).unwrap()).unwrap();
-        assert!(store.get(0).unwrap_err().to_string().contains("a tensor is missing or misshapen"));
+        let said = store.get(0).unwrap_err().to_string();
+        assert!(said.contains("layer-00000.safetensors: another version") && said.contains("missing tensor `router.counts`"), "{said}");
+        let view = TensorView::new(Dtype::U64, vec![1, 1], &[0; 8]).unwrap();
+        let tensors = ["tokens", "squares", "weighted"].map(|name| (format!("channels.dense.in.{name}"), view.clone()));
+        fs_err::write(store.layer_path(0), safetensors::serialize(tensors, None).unwrap()).unwrap();
+        assert!(store.get(0).unwrap_err().to_string().contains("a tensor is misshapen"));
+    }
+
+    #[test]
+    fn statistics_of_another_version_are_named_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let path = store.dir().join("manifest.json");
+        let whole = serde_json::json!({ "schema": 1, "model": "m", "layers": 2, "domains": ["en"], "parts": [] });
+        let said = |edit: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>)| {
+            let mut manifest = whole.as_object().unwrap().clone();
+            edit(&mut manifest);
+            fs_err::write(&path, serde_json::to_vec(&manifest).unwrap()).unwrap();
+            store.manifest().map_err(|error| error.to_string())
+        };
+        assert!(said(&|_| {}).unwrap().is_some());
+        for (what, edit) in [
+            ("missing field `domains`", &(|m: &mut serde_json::Map<_, _>| _ = m.remove("domains")) as &dyn Fn(&mut _)),
+            ("unknown field `shards`", &|m: &mut serde_json::Map<_, _>| _ = m.insert("shards".into(), 3.into())),
+            ("its form is 2, and this program reads form 1", &|m: &mut serde_json::Map<_, _>| _ = m.insert("schema".into(), 2.into())),
+        ] {
+            let said = said(edit).unwrap_err();
+            assert!(["manifest.json", "another version of moepress", what, "--force"].iter().all(|part| said.contains(part)), "{said}");
+        }
+        // A file that was torn is no version's.
+        fs_err::write(&path, b"{\"schema\": 1,").unwrap();
+        assert!(store.manifest().unwrap_err().to_string().contains("not valid JSON"));
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! The layers' files stay as they are: what is learned goes into files of the folder `ended`, which counts when its account is written.
 //! A run that was killed before starts these steps over, and ends with the same bytes.
 //!
-//! **Memory**: 29 bytes a solved weight of the model, 4 a kept one, and one step's samples in the backward pass.
+//! **Memory**: 29 bytes a solved weight of the model (as in [`super::learned`]), 4 one that is rounded alone; the original's last hidden
+//! states; two heads; and one step's samples in the backward pass, with what entered every layer (`crate::run::memory` adds it up).
 
 use std::collections::BTreeMap;
 
@@ -17,6 +18,7 @@ use calib::backward::Reference;
 use calib::device::Job as DeviceJob;
 use calib::progress::Progress;
 use calib::{Model, Weights};
+use kernels::QuantizedMatrix;
 use ndarray::{Array1, Array2};
 use rayon::prelude::*;
 
@@ -77,7 +79,7 @@ impl DeviceJob for Ending<'_> {
         let tokens: usize = held_out.iter().map(|&sample| self.ids[sample].len()).sum();
         let judge = |now: &Now<'_>| -> Result<f64> { Ok(reference.divergence(now, self.ids, &held_out, device)? / tokens.max(1) as f64) };
         let before = judge(&now)?;
-        let mut best = (Judged { before, after: before, step: 0 }, learners.clone());
+        let mut best = (Judged { before, after: before, step: 0 }, quantized(&learners));
         let mut order: Vec<usize> = (0..self.ids.len()).filter(|sample| !held_out.contains(sample)).collect();
         shuffle(&mut order, params.seed);
         let a_step = end.samples.clamp(1, order.len());
@@ -100,7 +102,7 @@ impl DeviceJob for Ending<'_> {
                 let after = judge(&now)?;
                 tracing::debug!("end, step {step}: {after:.6} nats held out, {before:.6} before");
                 if after < best.0.after {
-                    best = (Judged { before, after, step }, learners.clone());
+                    best = (Judged { before, after, step }, quantized(&learners));
                 }
             }
             self.progress.tick(1);
@@ -112,6 +114,10 @@ impl DeviceJob for Ending<'_> {
 
 fn weights(learners: &Learners) -> impl ParallelIterator<Item = (Role, Array2<f32>)> {
     learners.par_iter().map(|(&(layer, part), learner)| (Role::Layer(layer, part), learner.weights()))
+}
+
+fn quantized(learners: &Learners) -> BTreeMap<(usize, Part), QuantizedMatrix> {
+    learners.iter().map(|(&at, learner)| (at, learner.matrix())).collect()
 }
 
 impl Ending<'_> {
@@ -137,7 +143,7 @@ impl Ending<'_> {
         Ok((learners, matrices))
     }
 
-    fn write(&self, mut learners: Learners, judged: Judged) -> Result<()> {
+    fn write(&self, mut learned: BTreeMap<(usize, Part), QuantizedMatrix>, judged: Judged) -> Result<()> {
         let ended = self.solved.ended()?;
         for (layer, jobs) in self.layers.iter().enumerate() {
             let from = self.solved.open_layer(layer)?;
@@ -148,13 +154,13 @@ impl Ending<'_> {
                 file.put_router(name, &values, &refit)?;
             }
             for job in jobs {
-                let learned = match job.role {
-                    Role::Layer(layer, part) => learners.remove(&(layer, part)),
+                let matrix = match job.role {
+                    Role::Layer(layer, part) => learned.remove(&(layer, part)),
                     _ => None,
                 };
                 let report = from.report(job.name)?;
-                match learned {
-                    Some(learner) => file.put(job.name, &learner.matrix(), &Report { by: By::GptqLearned, ..report })?,
+                match matrix {
+                    Some(matrix) => file.put(job.name, &matrix, &Report { by: By::GptqLearned, ..report })?,
                     None => file.put(job.name, &from.matrix(job.name, job.shape, job.how)?, &report)?,
                 }
             }

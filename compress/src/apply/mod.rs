@@ -109,7 +109,7 @@ pub fn solve(
             snapshots.remove()?;
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
-        let weights = TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default());
+        let weights = TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default(), &plan.end_loss);
         device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights })?;
     } else {
         progress.start("layers", rest.len() as u64);

@@ -50,6 +50,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         corpus: None,
         quantizer: Some(quantizer),
         objective: Default::default(),
+        end_loss: Default::default(),
         refine: None,
         repair: Default::default(),
         allocation: None,

@@ -26,6 +26,8 @@ struct Manifest {
     schema: u32,
     model: String,
     corpus: String,
+    #[serde(default)]
+    end_loss: backward::Params,
 }
 
 /// The folder of token weights, one file a layer and a manifest at its end.
@@ -34,12 +36,13 @@ pub struct TokenWeights {
     dir: PathBuf,
     model: String,
     corpus: String,
+    end_loss: backward::Params,
 }
 
 impl TokenWeights {
-    /// That of `dir` (`OUT/moepress`), for a model's fingerprint and the hash of the calibration samples.
-    pub fn new(dir: &Path, model: &str, corpus: &str) -> Self {
-        Self { dir: dir.join("token_weights"), model: model.to_owned(), corpus: corpus.to_owned() }
+    /// That of `dir` (`OUT/moepress`), for a model's fingerprint, the hash of the calibration samples, and how the loss is made.
+    pub fn new(dir: &Path, model: &str, corpus: &str, end_loss: &backward::Params) -> Self {
+        Self { dir: dir.join("token_weights"), model: model.to_owned(), corpus: corpus.to_owned(), end_loss: end_loss.clone() }
     }
 
     fn path(&self, layer: usize) -> PathBuf {
@@ -47,25 +50,28 @@ impl TokenWeights {
     }
 
     fn manifest(&self) -> Manifest {
-        Manifest { schema: SCHEMA, model: self.model.clone(), corpus: self.corpus.clone() }
+        Manifest { schema: SCHEMA, model: self.model.clone(), corpus: self.corpus.clone(), end_loss: self.end_loss.clone() }
     }
 
     /// Whether every layer is there.
     ///
     /// # Errors
     ///
-    /// [`Error::Stage`] if they are of another model or other samples, [`Error::Json`], an IO error.
+    /// [`Error::Stage`] if they are of another model, other samples or another loss, [`calib::Error::OtherVersion`], an IO error.
     pub fn is_finished(&self) -> Result<bool> {
         let path = self.dir.join("manifest.json");
         if !path.is_file() {
             return Ok(false);
         }
         let text = fs_err::read(&path)?;
-        let found: Manifest = serde_json::from_slice(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let found: Manifest = serde_json::from_slice(&text).map_err(|source| calib::Error::own_json(path.clone(), source))?;
         if found == self.manifest() {
             return Ok(true);
         }
-        Err(Error::Stage { path, what: "these token weights are of another model or other calibration samples".to_owned() })
+        Err(Error::Stage {
+            path,
+            what: "these token weights are of another model, other calibration samples or another end_loss".to_owned(),
+        })
     }
 
     /// The weights of one layer.
@@ -98,6 +104,8 @@ pub struct Backwards<'a> {
     pub survey: Option<&'a Survey<'a>>,
     /// Keeps the token weights.
     pub weights: Option<&'a TokenWeights>,
+    /// How the loss is made.
+    pub end_loss: &'a backward::Params,
 }
 
 impl Backwards<'_> {
@@ -117,9 +125,9 @@ impl Backwards<'_> {
             fs_err::create_dir_all(&folder)?;
             let fingerprint = model.checkpoint().fingerprint().to_owned();
             let key = [("model files".to_owned(), fingerprint), ("calibration samples".to_owned(), samples.hash())];
-            let (params, scratch) = (backward::Params::default(), Scratch::Disk(&folder, key.into()));
-            let pass = Backward { weights: model, ids: &samples.ids, params: &params, scratch: &scratch, progress };
-            backward::run(&pass, &Backwards { survey, weights }, device)?;
+            let scratch = Scratch::Disk(&folder, key.into());
+            let pass = Backward { weights: model, ids: &samples.ids, params: self.end_loss, scratch: &scratch, progress };
+            backward::run(&pass, &Backwards { survey, weights, end_loss: self.end_loss }, device)?;
             weights.map_or(Ok(()), TokenWeights::finish)?;
         }
         if folder.is_dir() {

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use calib::arch::{Part, Role};
+use calib::backward;
 use calib::sample::Through;
 use calib::stats::Undercalibrated;
 use kernels::{Group, ScaleType};
@@ -52,6 +53,9 @@ pub struct Plan {
     /// What the error of a token counts, for a quantizer that solves against tokens.
     #[serde(default)]
     pub objective: Objective,
+    /// The loss that token weights of `end_loss` are gradients of.
+    #[serde(default, skip_serializing_if = "is_default_loss")]
+    pub end_loss: backward::Params,
     /// What improves the quantizer's codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refine: Option<Refine>,
@@ -174,6 +178,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         corpus: measured.map(|m| m.corpus.clone()),
         tensors: shape.tensors.iter().map(|tensor| (tensor.name.clone(), action(tensor))).collect(),
         objective: recipe.objective.clone().unwrap_or_default(),
+        end_loss: recipe.calibrate.as_ref().and_then(|calibrate| calibrate.end_loss.clone()).unwrap_or_default(),
         refine: recipe.refine.clone(),
         through: recipe.calibrate.as_ref().map(|c| c.experts).unwrap_or_default(),
         repair: repair.clone(),
@@ -238,6 +243,10 @@ fn quantize(choice: &Choice, tensor: &Tensor, (layer, part, inputs): (usize, Par
     let dead_channels = seen.filter(|_| solver == Solver::Planned).map_or(0, |(seen, _)| seen.dead);
     let Choice { bits, group, grid } = *choice;
     Quantize { bits, group, grid, scale: tensor.scale, solver, dead_channels }
+}
+
+fn is_default_loss(params: &backward::Params) -> bool {
+    *params == backward::Params::default()
 }
 
 fn is_routed(experts: &Through) -> bool {

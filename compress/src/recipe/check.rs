@@ -430,6 +430,9 @@ mod tests {
         assert_eq!(said("[]", "sampler.temperature.temperature = 0.8"), "");
         let all = said("[\"a.txt\"]", "experts = \"all\"\n[objective]\ntoken_weight = \"affinity\"");
         assert!(all.contains("r.toml:6:11: objective.token_weight works on the tokens that an expert is given"), "{all}");
+        let loss = said("[\"a.txt\"]", "end_loss = { targets = \"text\", seed = 3 }");
+        assert!(loss.contains("nothing needs a backward pass") && loss.contains("targets of the text are not drawn"), "{loss}");
+        assert_eq!(said("[\"a.txt\"]", "end_loss.targets = \"text\"\n[objective]\ntoken_weight = \"end_loss\""), "");
     }
 
     #[test]

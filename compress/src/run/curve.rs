@@ -58,7 +58,7 @@ fn measured(prepared: &Prepared, dir: &Path) -> Result<Option<Measured>> {
         return Ok(None);
     }
     let path = dir.join("sensitivity.json");
-    let table: Table = serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path, source })?;
+    let table: Table = serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| calib::Error::own_json(path, source))?;
     Measured::read(&Store::new(dir.join("stats")), Some(table)).map(Some)
 }
 

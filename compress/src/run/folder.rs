@@ -4,9 +4,11 @@
 
 use std::path::{Path, PathBuf};
 
+use calib::stats::Store;
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
+use crate::allocate::sensitivity::Table;
 use crate::export;
 use crate::report::Cost;
 use crate::tensorfile::write_whole;
@@ -83,8 +85,8 @@ impl Folder {
         let folder = Self { out: out.to_owned(), dir, _lock: lock };
         let path = folder.path("identity.json");
         if earlier == Earlier::Discard {
-            let measured = folder.done(Stage::Calibrate)?.filter(|_| folder.measures_like(identity));
-            folder.discard(if measured.is_some() { Stage::Reduce } else { Stage::Calibrate })?;
+            let kept = folder.measures_like(identity) && folder.measured()?;
+            folder.discard(if kept { Stage::Reduce } else { Stage::Calibrate })?;
         }
         match Identity::read(&path)? {
             // A run that was refused before it did anything (a text that is too short) holds nobody to its recipe.
@@ -161,6 +163,29 @@ impl Folder {
     /// Whether the earlier run, if its identity can be read, measured what this one would.
     fn measures_like(&self, identity: &Identity) -> bool {
         matches!(Identity::read(&self.path("identity.json")), Ok(Some(old)) if old.measures_like(identity))
+    }
+
+    /// Whether calibration is done and left what this version of the program reads: the advice for what another one wrote is to
+    /// measure again with --force.
+    fn measured(&self) -> Result<bool> {
+        let read = || -> Result<bool> {
+            let store = Store::new(self.path("stats"));
+            if let Some(manifest) = store.manifest()? {
+                (0..manifest.layers).try_for_each(|layer| store.get(layer).map(drop))?;
+            }
+            let table = self.path("sensitivity.json");
+            if table.is_file() {
+                serde_json::from_slice::<Table>(&fs_err::read(&table)?).map_err(|source| calib::Error::own_json(table, source))?;
+            }
+            Ok(self.done(Stage::Calibrate)?.is_some())
+        };
+        match read() {
+            Err(
+                Error::Json { .. }
+                | Error::Calib(calib::Error::OtherVersion { .. } | calib::Error::Json { .. } | calib::Error::Statistics { .. }),
+            ) => Ok(false),
+            other => other,
+        }
     }
 
     /// Removes everything that a run writes from this stage on, but what else lies there. Markers go first and the identity last: whatever
@@ -265,7 +290,7 @@ mod tests {
         };
         let dir = tempfile::tempdir().unwrap();
         let folder = Folder::open(dir.path(), &identity(4.0), Earlier::Resume).unwrap();
-        fs_err::write(folder.path("sensitivity.json"), "x").unwrap();
+        fs_err::write(folder.path("sensitivity.json"), serde_json::to_vec(&Table::default()).unwrap()).unwrap();
         fs_err::write(folder.path("plan.json"), "x").unwrap();
         let cost = Cost { wall_seconds: 1.5, cpu_seconds: None, peak_bytes: Some(3) };
         folder.mark(Stage::Calibrate, &cost).unwrap();
@@ -274,6 +299,19 @@ mod tests {
         let folder = Folder::open(dir.path(), &identity(3.0), Earlier::Discard).unwrap();
         assert_eq!((folder.done(Stage::Calibrate).unwrap(), folder.done(Stage::Plan).unwrap()), (Some(cost), None));
         assert!(folder.path("sensitivity.json").exists() && !folder.path("plan.json").exists());
+        drop(folder);
+        // What another version of the program measured is of no use.
+        let folder = Folder::open(dir.path(), &identity(3.0), Earlier::Resume).unwrap();
+        let manifest = folder.path("stats/manifest.json");
+        fs_err::create_dir(folder.path("stats")).unwrap();
+        fs_err::write(&manifest, r#"{ "schema": 1, "model": "m", "layers": 0, "parts": [] }"#).unwrap();
+        drop(folder);
+        let folder = Folder::open(dir.path(), &identity(2.5), Earlier::Discard).unwrap();
+        assert!(folder.done(Stage::Calibrate).unwrap().is_none() && !manifest.exists());
+        folder.mark(Stage::Calibrate, &cost).unwrap();
+        drop(folder);
+        let folder = Folder::open(dir.path(), &identity(3.0), Earlier::Discard).unwrap();
+        assert_eq!(folder.done(Stage::Calibrate).unwrap(), Some(cost));
         drop(folder);
         // The same again: then everything is to start over.
         let folder = Folder::open(dir.path(), &identity(3.0), Earlier::Discard).unwrap();

@@ -196,6 +196,17 @@ mod tests {
     }
 
     #[test]
+    fn another_loss_is_refused_and_measures_something_else() {
+        let of = |calibrate: &str| {
+            let text = format!("schema = 1\n[calibrate]\ncorpus = []\n{calibrate}\n[quantize.gptq]\n[allocate]\nbits_per_weight = 3.0\n");
+            Identity::of(&toml::from_str(&text).unwrap(), "m").unwrap()
+        };
+        let (own, text) = (of("end_loss.targets = \"own\""), of("end_loss.targets = \"text\""));
+        assert_eq!(own.differences(&text), ["calibrate.end_loss.targets was \"own\", now it is \"text\""]);
+        assert!(!own.measures_like(&text));
+    }
+
+    #[test]
     fn another_budget_measures_the_same_and_another_choice_does_not() {
         let of = |allocate: &str| {
             let text = format!("schema = 1\n[quantize.rtn]\n[allocate]\n{allocate}\n[export.dense]\n");

@@ -7,18 +7,27 @@
 
 use calib::arch::{Mlp, Site, Spec};
 use calib::evaluate::{BATCH, LOGITS};
-use calib::forward::{self, Samples};
+use calib::forward::{self, Samples, layer_weights};
 use calib::stats::sites;
 use calib::{backward, pass};
 
 use crate::allocate::Cost;
-use crate::quantize::Quantizer;
+use crate::plan::experts;
+use crate::quantize::{Quantizer, Refine, learned};
 use crate::recipe::Recipe;
 use crate::report::memory;
 use crate::{Error, Result, blend};
 
 /// The program itself: code that is written to, thread stacks, tokenizer, texts.
 const PROGRAM: u64 = 128 << 20;
+
+/// Bytes of a weight that learns (the headings of `crate::apply::learned` and `crate::apply::end`).
+const LEARNING: u64 = 29;
+/// Bytes of a weight that is solved and waits until its layer is whole: its code, and its group's scale and zero at their largest.
+const CODES: u64 = 2;
+/// The stages in which matrices learn.
+const LEARNED: &str = "apply (refine.learned: 29 bytes for each weight of a layer)";
+const LEARNED_END: &str = "apply (refine.learned.end: 29 bytes for each weight of the model; leave it out)";
 
 /// How a run fits.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,6 +90,13 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
         if matches!(recipe.quantize, Some(Quantizer::Gptq(_))) {
             let solve = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + solver(spec, layer, in_flight));
             found.push(("apply", PROGRAM + solve.max(table + hidden)));
+            if let Some(Refine::Learned(params)) = &recipe.refine {
+                let left = experts_left(recipe, spec);
+                let steps = Steps { spec: &left, samples, in_flight };
+                let solving = solve + hidden + most(&|layer| CODES * layer_weights(&left, layer));
+                found.push((LEARNED, PROGRAM + solving.max(most(&|layer| steps.of_layer(layer, params)))));
+                found.extend(params.end.as_ref().map(|end| (LEARNED_END, PROGRAM + steps.of_model(params, end))));
+            }
         }
     }
     if let Some(evaluate) = &recipe.evaluate {
@@ -92,6 +108,48 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
         found.push(("evaluate", PROGRAM + (layer + other).max(heads)));
     }
     found
+}
+
+/// The model that is solved: with the experts that the recipe leaves.
+fn experts_left(recipe: &Recipe, spec: &Spec) -> Spec {
+    let all = (0..spec.layers.len()).find_map(|layer| spec.moe(layer)).map_or(0, |moe| moe.experts);
+    if recipe.reduces() { experts::spec_with(spec, recipe.experts_left(all)) } else { spec.clone() }
+}
+
+/// Steps of learned refinement over the samples of a calibration.
+struct Steps<'a> {
+    spec: &'a Spec,
+    samples: Samples,
+    in_flight: usize,
+}
+
+impl Steps<'_> {
+    /// Those against a layer's output: its weights, what enters the layer and what should leave it, and beside them the samples of one step
+    /// in the backward pass, or those that are held out in the forward pass.
+    fn of_layer(&self, layer: usize, params: &learned::Params) -> u64 {
+        let at = |count: usize| Samples { count: count.min(self.samples.count), ..self.samples };
+        let step = backward::peak_bytes(self.spec, layer, at(params.samples), self.in_flight);
+        let judge = forward::peak_bytes(self.spec, layer, at(params.held_out), self.in_flight);
+        2 * self.hidden(self.samples.count) + LEARNING * layer_weights(self.spec, layer) + step.max(judge)
+    }
+
+    /// Those against the end of the model: the weights of all layers, the original's last hidden states, two heads with an embedding, and
+    /// the samples of one step with what entered every layer, or those that are held out.
+    fn of_model(&self, params: &learned::Params, end: &learned::End) -> u64 {
+        let at = |count: usize| Samples { count: count.min(self.samples.count), ..self.samples };
+        let layers = 0..self.spec.layers.len();
+        let weights: u64 = layers.clone().map(|layer| layer_weights(self.spec, layer)).sum();
+        let most = |of: &dyn Fn(usize) -> u64| layers.clone().map(of).max().unwrap_or(0);
+        let kept = layers.len() as u64 * self.hidden(at(end.samples).count);
+        let step = kept + most(&|layer| backward::peak_bytes(self.spec, layer, at(end.samples), self.in_flight));
+        let judge = most(&|layer| forward::peak_bytes(self.spec, layer, at(params.held_out), self.in_flight));
+        let heads = 3 * 4 * (self.spec.vocab * self.spec.hidden) as u64 + 3 * 4 * LOGITS as u64;
+        LEARNING * weights + self.hidden(self.samples.count) + heads + step.max(judge)
+    }
+
+    fn hidden(&self, count: usize) -> u64 {
+        4 * (count * self.samples.tokens * self.spec.hidden) as u64
+    }
 }
 
 /// What solving holds beside the forward pass: a moment with its factor (12 bytes a pair of inputs) and a matrix with what becomes of
@@ -168,6 +226,28 @@ mod tests {
         fit(&recipe(count + 1), &spec, 2, 1 << 30).unwrap_err();
         let said = fit(&recipe(512), &spec, 2, 1 << 20).unwrap_err().to_string();
         assert!(said.contains("no number of samples would fit"), "{said}");
+    }
+
+    #[test]
+    fn what_learns_is_counted_by_the_weight() {
+        let spec = spec();
+        let fitting = |rest: &str, budget| fit(&recipe(4, &format!("[quantize.gptq]\n[allocate]\nbits = 3\n{rest}")), &spec, 1, budget);
+        let peak = |rest: &str| fitting(rest, u64::MAX).unwrap().peak;
+        let weights: u64 = (0..spec.layers.len()).map(|layer| layer_weights(&spec, layer)).sum();
+        let one = layer_weights(&spec, 0);
+        let (plain, learned, end) = (peak(""), peak("[refine.learned]\n"), peak("[refine.learned.end]\n"));
+        assert!(learned >= plain && learned >= PROGRAM + 29 * one, "{plain} {learned}");
+        assert!(end >= PROGRAM + 29 * weights && end > learned, "{end} {learned} {weights}");
+        let fit = fitting("[refine.learned.end]\n", u64::MAX).unwrap();
+        assert_eq!(fit.stage, LEARNED_END);
+        // Half of the experts: what goes with them learns nothing.
+        let pruned = peak("[refine.learned.end]\n[prune.reap]\nkeep = 0.5\n");
+        let gone: u64 =
+            (0..spec.layers.len()).filter_map(|l| spec.moe(l)).map(|m| (m.experts / 2 * 3 * m.inner * spec.hidden) as u64).sum();
+        assert!(end - pruned >= 29 * gone, "{end} {pruned} {gone}");
+        // One byte less is refused, with the stage and the numbers.
+        let said = fitting("[refine.learned.end]\n", end - 1).unwrap_err().to_string();
+        assert!(said.contains("refine.learned.end: 29 bytes for each weight of the model") && said.contains(&memory(end)), "{said}");
     }
 
     #[test]

@@ -177,11 +177,12 @@ impl<'a> Work<'a> {
         let watch = survey.as_ref().and_then(Survey::watch);
         let pass = Pass { weights: model, fingerprint, samples, calibrate: asked, store, watch, progress };
         let layers = pass::run(&pass, self.device)?.layers;
-        let weights = TokenWeights::new(self.folder.dir(), fingerprint, &samples.hash());
+        let end_loss = &asked.end_loss.clone().unwrap_or_default();
+        let weights = TokenWeights::new(self.folder.dir(), fingerprint, &samples.hash(), end_loss);
         let asked = self.recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
         // Tokens are weighed where codes will be chosen.
         let compressed = !self.recipe.reduces() || fingerprint != self.shape.fingerprint;
-        let backwards = Backwards { survey: survey.as_ref(), weights: (asked && compressed).then_some(&weights) };
+        let backwards = Backwards { survey: survey.as_ref(), weights: (asked && compressed).then_some(&weights), end_loss };
         backwards.run(model, samples, dir, self.device, progress)?;
         survey.map_or(Ok(()), |survey| survey.finish(layers, samples.hash()))
     }
@@ -251,7 +252,7 @@ impl<'a> Work<'a> {
     /// The table of losses, where widths are shared out.
     fn table(&self, dir: &Path) -> Result<Option<Table>> {
         let path = dir.join("sensitivity.json");
-        let read = |_| serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| Error::Json { path: path.clone(), source });
+        let read = |_| serde_json::from_slice(&fs_err::read(&path)?).map_err(|source| calib::Error::own_json(path.clone(), source).into());
         self.mixed().map(read).transpose()
     }
 

@@ -1,5 +1,6 @@
 //! Token weights on their way from a backward pass, or the router, to the codes.
 
+use calib::backward::{Params, Targets};
 use calib::sample::Samples;
 use ndarray::Array2;
 
@@ -46,8 +47,9 @@ fn a_backward_pass_leaves_its_weights_where_apply_finds_them() {
     let run = |dir: &Path| solve(&model, &plan, Some(&samples.ids), dir, Device::Cpu, &Quiet);
     let said = run(dir.path()).unwrap_err().to_string();
     assert!(said.contains("token_weights") && said.contains("stage calibrate"), "{said}");
-    let store = TokenWeights::new(dir.path(), &plan.model, &samples.hash());
-    let pass = Backwards { survey: None, weights: Some(&store) };
+    let end_loss = Params::default();
+    let store = TokenWeights::new(dir.path(), &plan.model, &samples.hash(), &end_loss);
+    let pass = Backwards { survey: None, weights: Some(&store), end_loss: &end_loss };
     pass.run(&model, &samples, dir.path(), Device::Cpu, &Quiet).unwrap();
     assert!(store.is_finished().unwrap() && !dir.path().join("backward").exists());
     assert_eq!(store.layer(0).unwrap().gradient.len(), samples.total_tokens());
@@ -55,8 +57,8 @@ fn a_backward_pass_leaves_its_weights_where_apply_finds_them() {
     let whole = solved_bytes(dir.path());
     // Killed in the pass and resumed: the same weights, and so the same codes.
     let killed = tempfile::tempdir().unwrap();
-    let store = TokenWeights::new(killed.path(), &plan.model, &samples.hash());
-    let pass = Backwards { survey: None, weights: Some(&store) };
+    let store = TokenWeights::new(killed.path(), &plan.model, &samples.hash(), &end_loss);
+    let pass = Backwards { survey: None, weights: Some(&store), end_loss: &end_loss };
     let kill = Kill(AtomicU64::new(2));
     let once = || pass.run(&model, &samples, killed.path(), Device::Cpu, &kill);
     assert!(catch_unwind(AssertUnwindSafe(once)).is_err());
@@ -64,6 +66,33 @@ fn a_backward_pass_leaves_its_weights_where_apply_finds_them() {
     pass.run(&model, &samples, killed.path(), Device::Cpu, &Quiet).unwrap();
     run(killed.path()).unwrap();
     assert_eq!(solved_bytes(killed.path()), whole);
-    let other = TokenWeights::new(killed.path(), &plan.model, "other samples");
-    assert!(other.is_finished().unwrap_err().to_string().contains("other calibration samples"));
+    let text = Params { targets: Targets::Text, ..end_loss.clone() };
+    for (samples, end_loss) in [("other samples", &end_loss), (samples.hash().as_str(), &text)] {
+        let other = TokenWeights::new(killed.path(), &plan.model, samples, end_loss);
+        assert!(other.is_finished().unwrap_err().to_string().contains("other calibration samples or another end_loss"));
+    }
+}
+
+#[test]
+fn targets_of_the_text_are_weighed_as_a_plan_asks_for_them() {
+    let (model, samples) = (fixture("qwen2_moe"), drawn(&fixture("qwen2_moe")));
+    let weights = |targets| {
+        let (dir, end_loss) = (tempfile::tempdir().unwrap(), Params { seed: 3, targets });
+        let store = TokenWeights::new(dir.path(), model.checkpoint().fingerprint(), &samples.hash(), &end_loss);
+        let pass = Backwards { survey: None, weights: Some(&store), end_loss: &end_loss };
+        pass.run(&model, &samples, dir.path(), Device::Cpu, &Quiet).unwrap();
+        let plan = Plan { corpus: Some(samples.hash()), end_loss, ..weighted(&model, TokenWeight::EndLoss, None) };
+        solve(&model, &plan, Some(&samples.ids), dir.path(), Device::Cpu, &Quiet).unwrap();
+        let other = Plan { end_loss: Params::default(), ..plan };
+        let again = tempfile::tempdir().unwrap();
+        fs_err::rename(dir.path().join("token_weights"), again.path().join("token_weights")).unwrap();
+        let said = solve(&model, &other, Some(&samples.ids), again.path(), Device::Cpu, &Quiet).unwrap_err().to_string();
+        assert!(said.contains("another end_loss"), "{said}");
+        TokenWeights::new(again.path(), &other.model, &samples.hash(), &Params { seed: 3, targets }).layer(1).unwrap()
+    };
+    let (own, text) = (weights(Targets::Own), weights(Targets::Text));
+    assert_ne!(own, text);
+    // Nothing comes behind the last token of a sample, and the text has no target for it.
+    let last = samples.ids[0].len() - 1;
+    assert!(text.gradient[last] == 0.0 && own.gradient[last] > 0.0, "{} {}", text.gradient[last], own.gradient[last]);
 }

@@ -3,10 +3,12 @@
 use std::borrow::Cow;
 use std::path::Path;
 
+use calib::backward::Targets;
 use calib::corpus::{Demonstrations, ENDINGS};
 use calib::sample::{Calibrate, Through};
 
 use super::super::{Problem, Recipe, Source};
+use crate::allocate::Cost;
 use crate::objective::TokenWeight;
 
 /// Texts that are needed and absent, asked for and not there, or too few.
@@ -34,6 +36,7 @@ pub(super) fn check_texts(recipe: &Recipe, source: &Source) -> Vec<Problem> {
                 let share = rule.threshold();
                 add("calibrate.undercalibrated", format!("{share} tokens an input are no threshold; ask for 0 or more, such as 0.5"));
             }
+            found_of_end_loss(recipe, calibrate, &mut add);
             if calibrate.tokens < 2 {
                 add("calibrate.tokens", format!("{} tokens are no window; ask for at least 2", calibrate.tokens));
             }
@@ -127,6 +130,19 @@ fn demonstration_problem(path: &Path) -> Option<String> {
 /// The first line that the model can neither read nor go on with.
 fn prompt_problem(path: &Path) -> Option<String> {
     lines(path)?.and_then(|lines| lines.check()).err().map(|error| error.to_string())
+}
+
+/// A loss that nothing takes a gradient of, or a seed that draws nothing.
+fn found_of_end_loss(recipe: &Recipe, calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) {
+    let Some(params) = &calibrate.end_loss else { return };
+    let weighs = recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
+    if !weighs && !recipe.allocate.as_ref().is_some_and(|allocate| allocate.is_mixed() && allocate.cost == Cost::EndLoss) {
+        let needed = "objective.token_weight = \"end_loss\", or a budget with allocate.cost = \"end_loss\"";
+        add("calibrate.end_loss", format!("nothing needs a backward pass, so its loss changes nothing; ask for {needed}, or leave it out"));
+    }
+    if params.targets == Targets::Text && params.seed != 0 {
+        add("calibrate.end_loss.seed", "targets of the text are not drawn; leave the seed out, or use targets = \"own\"".into());
+    }
 }
 
 /// A file and its domain.
