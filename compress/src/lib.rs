@@ -11,6 +11,7 @@ pub mod cli;
 pub mod dump;
 mod error;
 pub mod export;
+pub mod fold;
 pub mod imatrix;
 pub mod merge;
 pub mod mtp;

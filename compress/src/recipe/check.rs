@@ -1,6 +1,7 @@
 //! Every problem of value at once, before any hour is spent.
 
 mod experts;
+mod fold;
 mod texts;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use crate::quantize::{Grid, Quantizer, Refine, learned};
 use crate::repair::Order;
 
 pub use experts::check_experts;
+pub use fold::check_folds;
 
 /// What is wrong with a recipe whatever the model.
 pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
@@ -68,6 +70,7 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         found.extend(check_learned(params, recipe.calibrate.as_ref().map_or(0, |calibrate| calibrate.samples), source));
     }
     found.extend(check_repair(recipe, source));
+    found.extend(fold::check_awq(recipe, source));
     found.extend(texts::check_through(recipe, source));
     if let Some(objective) = &recipe.objective {
         if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
@@ -515,6 +518,15 @@ mod tests {
         let rtn = GOOD.replace("gptq", "rtn") + "[objective]\n[repair]\norder = \"sequential\"\n";
         let said = self::said(&rtn, None).join("\n");
         assert!(said.contains("no tokens to weigh") && said.contains("the quantizer sees no tokens"), "{said}");
+    }
+
+    #[test]
+    fn channels_are_scaled_for_a_quantizer_of_one_width_by_what_was_measured() {
+        let said = |extra: &str| said(&format!("{GOOD}{extra}"), Some(&shape())).join("\n");
+        assert_eq!(said("[repair.awq]\n"), "");
+        assert!(said("[repair.awq]\nbits = 4\n").contains("there is one width"));
+        assert!(said("[repair.awq]\nexponents = 1\nfolds = []\n").contains("1 exponents leave no choice"));
+        assert!(said("[prune.reap]\nkeep = 0.5\n[repair.awq]\n").contains("experts go; reduce with [export.dense] first"));
     }
 
     fn shape() -> Shape {

@@ -26,9 +26,9 @@ use crate::objective::Objective;
 use crate::plan::zero_of;
 use crate::prune::Pruner;
 use crate::quantize::{Grid, Quantizer, Refine};
-use crate::repair::Repair;
+use crate::repair::{Repair, awq};
 
-pub use check::{check, check_experts, check_values};
+pub use check::{check, check_experts, check_folds, check_values};
 pub use invalid::{Invalid, Problem};
 pub use load::{Loaded, Overrides, Source, load};
 pub use schema::schema;
@@ -93,6 +93,11 @@ impl Recipe {
     /// Whether experts are pruned or merged.
     pub fn reduces(&self) -> bool {
         self.prune.is_some() || self.merge.is_some()
+    }
+
+    /// How input channels are scaled before anything is quantized, if they are.
+    pub fn folds(&self) -> Option<&awq::Params> {
+        self.repair.as_ref().and_then(|repair| repair.awq.as_ref())
     }
 
     /// Experts of a layer that are left of `before`.

@@ -1,5 +1,6 @@
-//! What mends the rest of a model after a matrix was quantized (the order of layers, the aim of a solver, the router) or experts went.
+//! What mends the rest of a model after a matrix was quantized (the scales of its inputs, the order of layers, the aim of a solver, the router) or experts went.
 
+pub mod awq;
 pub mod down;
 pub mod propagate;
 pub mod refit;
@@ -20,7 +21,7 @@ pub struct Repair {
     #[schemars(range(min = 0.0, max = 1.0))]
     pub propagate: Option<f64>,
     /// With `sequential`: fits each layer's router to the original's logits once its attention is compressed. Changes the router,
-    /// which nothing else does, and no byte of its size.
+    /// and no byte of its size.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub router_repair: Option<refit::Params>,
     /// After experts were pruned or merged: fits the down projections of the experts that are left to what the whole block said, and if
@@ -28,6 +29,10 @@ pub struct Repair {
     /// layers before it pass on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removal: Option<removal::Params>,
+    /// Before anything is quantized: scales input channels by how strongly they are excited and makes what feeds them as much smaller
+    /// (AWQ), in norms, routers, value and up projections. The model computes what it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub awq: Option<awq::Params>,
 }
 
 /// Whose outputs a layer is solved on.

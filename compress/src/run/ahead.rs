@@ -48,7 +48,7 @@ pub fn check_space(loaded: &Loaded, shape: &Shape) -> Result<Vec<Problem>> {
     Ok(vec![loaded.source.problem("out", message, Some("free some, or choose another directory".into()))])
 }
 
-/// Bytes that a run writes: codes between stages, every format, the samples' hidden states.
+/// Bytes that a run writes: codes between stages, every format, the samples' hidden states, what scales change.
 fn needs(recipe: &Recipe, summary: &Summary, shape: &Shape) -> u64 {
     let packed = summary.bytes_after + summary.bytes_kept;
     let dense = summary.weights * 2 + summary.bytes_kept;
@@ -57,7 +57,8 @@ fn needs(recipe: &Recipe, summary: &Summary, shape: &Shape) -> u64 {
     let hidden = shape.tensors.iter().find(|t| t.role == calib::arch::Role::Embedding).and_then(|t| t.shape.get(1)).copied().unwrap_or(0);
     // A snapshot is replaced by its successor, so two lie there for a moment.
     let states = recipe.calibrate.as_ref().map_or(0, |c| 2 * 4 * (c.samples * c.tokens * hidden) as u64);
-    summary.bytes_after + outputs.into_iter().flatten().sum::<u64>() + states
+    let folded = recipe.folds().map_or(0, |_| shape.bytes());
+    summary.bytes_after + outputs.into_iter().flatten().sum::<u64>() + states + folded
 }
 
 #[cfg(test)]

@@ -22,6 +22,8 @@ pub enum Stage {
     Calibrate,
     /// Chooses the experts that stay, and measures the model of them.
     Reduce,
+    /// Scales input channels, and measures the model with them.
+    Fold,
     /// Decides what becomes of every tensor.
     Plan,
     /// Chooses the codes of every matrix.
@@ -34,13 +36,14 @@ pub enum Stage {
 
 impl Stage {
     /// All of them, in order.
-    pub const ALL: [Self; 6] = [Self::Calibrate, Self::Reduce, Self::Plan, Self::Apply, Self::Export, Self::Evaluate];
+    pub const ALL: [Self; 7] = [Self::Calibrate, Self::Reduce, Self::Fold, Self::Plan, Self::Apply, Self::Export, Self::Evaluate];
 
     /// Its name: of its marker, and in tables.
     pub fn name(self) -> &'static str {
         match self {
             Self::Calibrate => "calibrate",
             Self::Reduce => "reduce",
+            Self::Fold => "fold",
             Self::Plan => "plan",
             Self::Apply => "apply",
             Self::Export => "export",

@@ -80,8 +80,9 @@ impl Identity {
                 recipe.remove("evaluate");
                 // A reduced model is measured again in a stage of its own, so which one it is does not count.
                 let reduced = ["prune", "merge"].iter().filter(|key| recipe.remove(**key).is_some()).count() > 0;
-                recipe.remove("repair");
-                recipe.insert("reduced".to_owned(), reduced.into());
+                // So is one whose input channels are scaled.
+                let folded = recipe.remove("repair").is_some_and(|repair| repair.get("awq").is_some());
+                recipe.insert("reduced".to_owned(), (reduced || folded).into());
                 if let Some(allocate) = recipe.get_mut("allocate").and_then(Value::as_object_mut) {
                     // A budget needs the table of costs and one width does not, so which of the two it is counts.
                     let budgets = ["bits_per_weight", "bytes", "file"];

@@ -1,4 +1,4 @@
-//! The stages, strung together: calibrate, reduce, plan, apply, export, evaluate.
+//! The stages, strung together: calibrate, reduce, fold, plan, apply, export, evaluate.
 //!
 //! A run on a directory goes on where an earlier one of the same recipe, model and texts stopped, however it stopped: a stage is
 //! done when its marker has its name, and within a stage a layer when its file has. Everything gets its name by rename.
@@ -75,6 +75,7 @@ pub fn prepare(loaded: &Loaded) -> Result<Prepared> {
         Some(Ok(model)) => {
             let shape = Shape::of(&model);
             problems.extend(recipe::check_experts(loaded, &model));
+            problems.extend(recipe::check_folds(loaded, &model));
             if problems.is_empty() {
                 let left = ahead::left(&loaded.recipe, &model, &shape);
                 problems.extend(recipe::check(loaded, &left));

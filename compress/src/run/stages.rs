@@ -15,13 +15,14 @@ use calib::{Model, Weights};
 use super::folder::{Folder, Stage, remove};
 use crate::allocate::Allocate;
 use crate::allocate::sensitivity::{Solver, Table};
+use crate::fold::{self, Request};
 use crate::objective::{Backwards, TokenWeight, TokenWeights};
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Experts, Measured, Plan, Shape};
 use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
+use crate::reduce;
 use crate::reduce::resample::{self, Sureness};
-use crate::reduce::{self, Request};
 use crate::report::{Balance, Calibration, Cost, ModelRow, OutputRow, Report, markdown_report};
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
@@ -36,13 +37,13 @@ pub(super) struct Work<'a> {
     folder: &'a Folder,
     device: Device,
     samples: OnceCell<Samples>,
-    /// The reduced model, where one is asked for and made.
-    reduced: OnceCell<(Model, Shape)>,
+    /// The reduced or scaled model, where one is asked for and made.
+    remade: OnceCell<(Model, Shape)>,
 }
 
 impl<'a> Work<'a> {
     pub fn new(recipe: &'a Recipe, out: &'a Path, model: &'a Model, shape: &'a Shape, folder: &'a Folder, device: Device) -> Self {
-        Self { recipe, out, model, shape, folder, device, samples: OnceCell::new(), reduced: OnceCell::new() }
+        Self { recipe, out, model, shape, folder, device, samples: OnceCell::new(), remade: OnceCell::new() }
     }
 
     /// The stages up to `until` that the recipe asks for and that are not done.
@@ -52,6 +53,7 @@ impl<'a> Work<'a> {
             let asked = match stage {
                 Stage::Calibrate => self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only(),
                 Stage::Reduce => self.recipe.reduces() && !self.model.checkpoint().is_shape_only(),
+                Stage::Fold => self.recipe.folds().is_some() && !self.model.checkpoint().is_shape_only(),
                 Stage::Evaluate => self.recipe.evaluate.is_some(),
                 _ => true,
             };
@@ -74,7 +76,7 @@ impl<'a> Work<'a> {
     /// Reads every text that the stages will need, so that a text that is too short is found now. A sampler that runs the model
     /// chooses in its stage.
     pub fn look_ahead(&self, todo: &[Stage]) -> Result<()> {
-        let sampled = [Stage::Calibrate, Stage::Reduce, Stage::Apply].iter().any(|stage| todo.contains(stage));
+        let sampled = [Stage::Calibrate, Stage::Reduce, Stage::Fold, Stage::Apply].iter().any(|stage| todo.contains(stage));
         if let Some(asked) = self.recipe.calibrate.as_ref().filter(|_| sampled && !self.model.checkpoint().is_shape_only()) {
             match asked.sampler {
                 // What the model is yet to write is read in its stage; its prompts were read by the check.
@@ -95,6 +97,7 @@ impl<'a> Work<'a> {
         match stage {
             Stage::Calibrate => self.calibrate(progress),
             Stage::Reduce => self.reduce(progress),
+            Stage::Fold => self.fold(progress),
             Stage::Plan => self.plan(),
             Stage::Apply => self.apply(progress),
             Stage::Export => self.export(progress),
@@ -151,8 +154,8 @@ impl<'a> Work<'a> {
     }
 
     fn calibrate(&self, progress: &dyn Progress) -> Result<()> {
-        // A reduced model is surveyed itself, once it is there.
-        let survey = if self.recipe.reduces() { None } else { self.mixed() };
+        // A reduced or scaled model is surveyed itself, once it is there.
+        let survey = if self.remakes() { None } else { self.mixed() };
         self.measure((self.model, self.shape), &self.store(), survey, self.folder.dir(), progress)
     }
 
@@ -181,7 +184,7 @@ impl<'a> Work<'a> {
         let weights = TokenWeights::new(self.folder.dir(), fingerprint, &samples.hash(), end_loss);
         let asked = self.recipe.objective.as_ref().is_some_and(|objective| objective.token_weight == TokenWeight::EndLoss);
         // Tokens are weighed where codes will be chosen.
-        let compressed = !self.recipe.reduces() || fingerprint != self.shape.fingerprint;
+        let compressed = !self.remakes() || fingerprint != self.shape.fingerprint;
         let backwards = Backwards { survey: survey.as_ref(), weights: (asked && compressed).then_some(&weights), end_loss };
         backwards.run(model, samples, dir, self.device, progress)?;
         survey.map_or(Ok(()), |survey| survey.finish(layers, samples.hash()))
@@ -191,21 +194,47 @@ impl<'a> Work<'a> {
     fn reduce(&self, progress: &dyn Progress) -> Result<()> {
         let Some(samples) = self.samples(progress)? else { return Ok(()) };
         // What an interrupted run left is of the same recipe, but no part of it is known to be whole.
-        let dir = self.reduced_dir();
+        let dir = self.remade_dir();
         if !self.folder.path("experts.json").is_file() {
             remove(&dir)?;
             reduce::run(&self.request(samples, &self.store(), progress))?;
         }
-        let (model, shape) = self.subject()?;
-        let asked = self.mixed().is_some() || self.recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration);
-        if asked {
-            self.measure((model, shape), &Store::new(dir.join("stats")), self.mixed(), &dir, progress)?;
-        }
-        Ok(())
+        self.measure_again(&dir, progress)
     }
 
-    fn request<'b>(&'b self, samples: &'b Samples, store: &'b Store, progress: &'b dyn Progress) -> Request<'b> {
-        Request {
+    /// Measures the reduced or scaled model, where quantizers need to know what enters its matrices.
+    fn measure_again(&self, dir: &Path, progress: &dyn Progress) -> Result<()> {
+        let asked = self.mixed().is_some() || self.recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration);
+        let subject = self.subject()?;
+        if asked { self.measure(subject, &Store::new(dir.join("stats")), self.mixed(), dir, progress) } else { Ok(()) }
+    }
+
+    /// Scales input channels, and measures the model with them.
+    fn fold(&self, progress: &dyn Progress) -> Result<()> {
+        let Recipe { quantize: Some(quantizer), allocate: Some(allocate), .. } = self.recipe else { return Ok(()) };
+        let Some(params) = self.recipe.folds() else { return Ok(()) };
+        let dir = self.remade_dir();
+        if !self.folder.path("awq.json").is_file() {
+            // What an interrupted run left is not known to be whole.
+            remove(&dir)?;
+            let (model, shape, store, folder) = (self.model, self.shape, &self.store(), self.folder.dir());
+            let account = fold::run(&Request { model, shape, allocate, quantizer, params, store, dir: folder, progress })?;
+            let (scaled, share) = account.gain();
+            tracing::info!(
+                "{scaled} vectors of scales, {} left out; the error of rounding is {share:.3} of what it was",
+                account.left_out.len()
+            );
+        }
+        self.measure_again(&dir, progress)
+    }
+
+    /// Whether what is compressed is not the checkpoint as it stands.
+    fn remakes(&self) -> bool {
+        self.recipe.reduces() || self.recipe.folds().is_some()
+    }
+
+    fn request<'b>(&'b self, samples: &'b Samples, store: &'b Store, progress: &'b dyn Progress) -> reduce::Request<'b> {
+        reduce::Request {
             model: self.model,
             pruner: self.recipe.prune.as_ref(),
             merger: self.recipe.merge.as_ref(),
@@ -226,22 +255,24 @@ impl<'a> Work<'a> {
         resample::sureness(&request, &experts, asked, &self.folder.path("resampled")).map(Some)
     }
 
-    /// The model that is compressed: the reduced one where experts go, else the original.
+    /// The model that is compressed: the reduced one where experts go, the scaled one where channels are, else the original.
     fn subject(&self) -> Result<(&Model, &Shape)> {
-        if !self.recipe.reduces() || self.model.checkpoint().is_shape_only() {
+        if !self.remakes() || self.model.checkpoint().is_shape_only() {
             return Ok((self.model, self.shape));
         }
-        if self.reduced.get().is_none() {
-            let model = reduce::open(self.model, self.folder.dir())?;
+        if self.remade.get().is_none() {
+            let open = if self.recipe.reduces() { reduce::open } else { fold::open };
+            let model = open(self.model, self.folder.dir())?;
             let shape = Shape::of(&model);
             // Nobody else can have filled it: the cell is this thread's own.
-            let _ = self.reduced.set((model, shape));
+            let _ = self.remade.set((model, shape));
         }
-        Ok(self.reduced.get().map_or((self.model, self.shape), |(model, shape)| (model, shape)))
+        Ok(self.remade.get().map_or((self.model, self.shape), |(model, shape)| (model, shape)))
     }
 
-    fn reduced_dir(&self) -> std::path::PathBuf {
-        self.folder.path("reduced")
+    /// Where the reduced or scaled model lies: `fold` refuses a recipe that reduces too.
+    fn remade_dir(&self) -> std::path::PathBuf {
+        self.folder.path(if self.recipe.reduces() { "reduced" } else { "folded" })
     }
 
     /// The quantizer and the budget, where widths are shared out.
@@ -273,10 +304,10 @@ impl<'a> Work<'a> {
         if self.recipe.calibrate.is_none() || self.model.checkpoint().is_shape_only() {
             return Ok(None);
         }
-        let reduced = Store::new(self.reduced_dir().join("stats"));
-        match self.recipe.reduces() {
-            true if reduced.manifest()?.is_none() => Ok(None),
-            true => Ok(Some(Measured::read(&reduced, self.table(&self.reduced_dir())?)?)),
+        let remade = Store::new(self.remade_dir().join("stats"));
+        match self.remakes() {
+            true if remade.manifest()?.is_none() => Ok(None),
+            true => Ok(Some(Measured::read(&remade, self.table(&self.remade_dir())?)?)),
             false => Ok(Some(Measured::read(&self.store(), self.table(self.folder.dir())?)?)),
         }
     }
