@@ -59,6 +59,8 @@ def loop(lines):
         start = labels.get(branch[1]) if branch else None
         if start is not None and start < load < i and (best is None or i - start < best[1] - best[0]):
             best = (start, i)
+    if best is None:
+        raise SystemExit("no loop around the loads of codes: the disassembly is of another form than this reads")
     return lines[best[0] : best[1] + 1]
 
 
