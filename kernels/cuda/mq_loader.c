@@ -61,7 +61,7 @@ static char *compiled(const char *source, int arch) {
     static const char *const names[] = {"libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so"};
     void *lib = NULL;
     for (int i = 0; i < 3 && !lib; i++) lib = dlopen(names[i], RTLD_NOW);
-    if (!lib) { fail(MQ_NO_IMAGE, "no cubin for sm_%d, and no NVRTC to compile mq_moe.cu with: %s", arch, dlerror()); return NULL; }
+    if (!lib) { fail(MQ_NO_IMAGE, "no cubin for sm_%d and no PTX, and no NVRTC to compile mq_moe.cu with: %s", arch, dlerror()); return NULL; }
     int (*create)(void **, const char *, const char *, int, const char *const *, const char *const *);
     int (*compile)(void *, int, const char *const *), (*size_of)(void *, size_t *), (*get)(void *, char *), (*destroy)(void **);
     *(void **)&create = dlsym(lib, "nvrtcCreateProgram");
@@ -94,24 +94,31 @@ int mq_open(const char *folder, mq_model **model) {
     cu.attribute(&sms, 16, device);
     if (major < 8) return fail(MQ_NO_IMAGE, "sm_%d%d is older than sm_80, which these kernels need", major, minor);
     char path[4096];
-    static const char *const variants[] = {"a", ""};
     char *image = NULL;
-    for (int i = 0; i < 2 && !image; i++) {
-        snprintf(path, sizeof path, "%s/cubin/mq_moe.sm_%d%d%s.cubin", folder, major, minor, variants[i]);
+    /* A cubin made for this very device, else one for an older of its generation, else PTX for the driver to compile, else the source. */
+    snprintf(path, sizeof path, "%s/cubin/mq_moe.sm_%d%da.cubin", folder, major, minor);
+    image = slurp(path);
+    for (int older = minor; older >= 0 && !image; older--) {
+        snprintf(path, sizeof path, "%s/cubin/mq_moe.sm_%d%d.cubin", folder, major, older);
+        image = slurp(path);
+    }
+    if (!image) {
+        snprintf(path, sizeof path, "%s/ptx/mq_moe.compute_80.ptx", folder);
         image = slurp(path);
     }
     if (!image) {
         snprintf(path, sizeof path, "%s/mq_moe.cu", folder);
         char *source = slurp(path);
-        if (!source) return fail(MQ_NO_IMAGE, "%s cannot be read", path);
+        if (!source) return fail(MQ_NO_IMAGE, "no cubin for sm_%d%d and no PTX below %s, and %s cannot be read", major, minor, folder, path);
         image = compiled(source, major * 10 + minor);
         free(source);
         if (!image) return MQ_NO_IMAGE;
+        snprintf(path, sizeof path, "mq_moe.cu by NVRTC");
     }
     mq_model *found = calloc(1, sizeof *found);
     code = found ? cu.load(&found->module, image) : 2;
     free(image);
-    if (code) { free(found); return fail(MQ_NO_IMAGE, "the driver does not load the kernels: error %d", code); }
+    if (code) { free(found); return fail(MQ_NO_IMAGE, "the driver does not load %s for sm_%d%d: error %d", path, major, minor, code); }
     found->sms = sms;
     *model = found;
     return 0;

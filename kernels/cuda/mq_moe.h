@@ -24,7 +24,8 @@ typedef struct mq_projection {
     int32_t entries, reserved;
 } mq_projection;
 
-/* Opens the folder that holds this file: a cubin for the current device, or mq_moe.cu compiled by NVRTC. Needs a current context. */
+/* Opens the folder that holds this file: a cubin for the current device or an older of its generation, or PTX, or mq_moe.cu compiled by
+ * NVRTC. Needs a current context. */
 int mq_open(const char *folder, mq_model **model);
 void mq_close(mq_model *model);
 /* expert_map: device array over the checkpoint's experts, null for the identity, -1 for what is not on this device. */

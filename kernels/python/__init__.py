@@ -1,7 +1,7 @@
 """Reads the MQT-1 layout in PyTorch, on any device, from the specification alone: the fallback where no kernel runs.
 
-    import moepress_kernels as mk
-    model = mk.load("out/")              # a transformers model whose routed experts stay packed
+    import moepress_kernels as mk        # transformers 5 then loads native checkpoints by from_pretrained
+    model = mk.load("out/")              # the same in one call; routed experts stay packed
     mk.self_test("out/kernels")          # decodes the golden tiles; raises if one bit differs
 
 Codes are unsigned, `w = (q - z) * s`, or `s * q + o` where offsets are stored. The bytes are described in the heading of
@@ -9,6 +9,7 @@ kernels/src/layout/mod.rs of moepress.
 """
 
 import functools
+import importlib.util
 import json
 import pathlib
 import struct
@@ -94,13 +95,34 @@ class Entry:
             raise ValueError(f"expert {self.expert}: {self.bits} bits a code")
 
 
-class Arena:
-    """An arena with its table. `shape` is [out, in] of each matrix in it."""
+class Arena(torch.nn.Module):
+    """An arena with its table, as buffers. `shape` is [out, in] of each matrix in it; `experts`, if known, how many the model has."""
 
-    def __init__(self, arena, table, shape):
-        self.arena, self.shape = arena, tuple(shape)
-        raw = bytes(table.cpu().flatten().tolist())
-        self.entries = {e.expert: e for e in (Entry(raw[i : i + 32]) for i in range(0, len(raw), 32))}
+    def __init__(self, arena, table, shape, experts=None):
+        super().__init__()
+        self.register_buffer("arena", arena)
+        self.register_buffer("table", table)
+        self.shape, self.experts, self._entries = tuple(shape), experts, None
+
+    @property
+    def entries(self):
+        """The table's rows by expert."""
+        if self._entries is None:
+            raw = bytes(self.table.cpu().flatten().tolist())
+            self._entries = {e.expert: e for e in (Entry(raw[i : i + 32]) for i in range(0, len(raw), 32))}
+        return self._entries
+
+    def check(self, name):
+        """Raises if the table leaves an expert out, points outside the arena, or is of another shape."""
+        wanted = range(1 if self.experts is None else self.experts)
+        if sorted(self.entries) != list(wanted):
+            raise ValueError(f"{name}: the table holds experts {sorted(self.entries)[:8]}, the model has {len(wanted)}")
+        for e in self.entries.values():
+            rows = self.shape[0] * (2 if e.flags & GATE_UP else 1)
+            if (e.n_tiles, e.k_tiles) != (-(-rows // 64), -(-self.shape[1] // 128)):
+                raise ValueError(f"{name}: expert {e.expert} has {e.n_tiles} by {e.k_tiles} tiles, {list(self.shape)} needs others")
+            if 16 * e.offsets[0] + e.n_tiles * e.k_tiles * 1024 * e.bits > self.arena.numel():
+                raise ValueError(f"{name}: the codes of expert {e.expert} do not lie in an arena of {self.arena.numel()} bytes")
 
     def _part(self, offset, count, dtype):
         size = torch.empty((), dtype=dtype).element_size()
@@ -140,31 +162,22 @@ class Arena:
         return [w[:outputs, :inputs]]
 
 
-class PackedExperts(torch.nn.Module):
-    """Routed experts that stay packed: `forward(hidden_states, top_k_index, top_k_weights)` as transformers 5 calls its own.
+def experts_forward(arenas, act, hidden_states, top_k_index, top_k_weights):
+    """What routed experts say: `arenas` maps gate_up and down, or gate, up and down, to an `Arena`; the rest is as transformers 5 has it.
 
-    `arenas` maps gate_up and down, or gate, up and down, to an `Arena`. An expert is decoded when a token asks for it, and forgotten.
+    An expert is decoded when a token asks for it, and forgotten.
     """
-
-    def __init__(self, arenas, act=torch.nn.functional.silu):
-        super().__init__()
-        self.arenas, self.act = arenas, act
-
-    def matrices(self, expert):
-        both = self.arenas["gate_up"].weights(expert) if "gate_up" in self.arenas else [self.arenas[p].weights(expert)[0] for p in ("gate", "up")]
-        return *both, self.arenas["down"].weights(expert)[0]
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        top_k_index, top_k_weights = top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1)
-        out = torch.zeros_like(x)
-        for expert in top_k_index.unique().tolist():
-            token, slot = (top_k_index == expert).nonzero(as_tuple=True)
-            gate, up, down = (w.to(x.dtype) for w in self.matrices(expert))
-            rows = x[token]
-            y = (self.act(rows @ gate.T) * (rows @ up.T)) @ down.T
-            out.index_add_(0, token, y * top_k_weights[token, slot, None].to(x.dtype))
-        return out.view_as(hidden_states)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    top_k_index, top_k_weights = top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1)
+    out = torch.zeros_like(x)
+    for expert in top_k_index.unique().tolist():
+        token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+        both = arenas["gate_up"].weights(expert) if "gate_up" in arenas else [arenas[p].weights(expert)[0] for p in ("gate", "up")]
+        gate, up, down = (w.to(x.dtype) for w in (*both, arenas["down"].weights(expert)[0]))
+        rows = x[token]
+        y = (act(rows @ gate.T) * (rows @ up.T)) @ down.T
+        out.index_add_(0, token, y * top_k_weights[token, slot, None].to(x.dtype))
+    return out.view_as(hidden_states)
 
 
 def _stream(words, bits, length):
@@ -174,8 +187,8 @@ def _stream(words, bits, length):
     return ((words[:, at // 32] | words[:, at // 32 + 1] << 32) >> (at % 32)) & ((1 << bits) - 1)
 
 
-def _linear(parts):
-    """The weight of a matrix that compressed-tensors packed."""
+def decode_streams(parts):
+    """The weight of a matrix that compressed-tensors packed, in f32: its tensors `packed`, `scale`, `shape` and perhaps `zero_point`."""
     rows, columns = parts["shape"].tolist()
     bits = next(b for b in range(1, 9) if parts["packed"].shape[1] == -(-columns * b // 32))
     q, s = _stream(parts["packed"], bits, columns).float(), parts["scale"].float()
@@ -188,44 +201,20 @@ def _linear(parts):
 
 def load(folder, dtype=torch.float32):
     """A transformers model of a native checkpoint, its routed experts packed, everything else in `dtype`."""
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError("moepress_kernels.load wants transformers 5: pip install 'moepress-kernels[transformers]'")
+    from transformers import AutoModelForCausalLM
 
-    folder = pathlib.Path(folder)
-    config = AutoConfig.from_pretrained(folder)
-    section = json.loads((folder / "config.json").read_text())["quantization_config"]
-    if section.get("quant_method") != "moepress" or section.get("layout") != LAYOUT:
-        raise ValueError(f"{folder}: quant_method {section.get('quant_method')!r}, layout {section.get('layout')!r}; this reads moepress, {LAYOUT}")
-    del config.quantization_config
-    tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}
-    arenas = {n: Arena(tensors.pop(f"{n}.arena"), tensors.pop(f"{n}.table"), a["shape"]) for n, a in section["arenas"].items()}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    experts = {}
-    for name, said in section["arenas"].items():
-        if said["of"] == "matrix":
-            tensors[f"{name}.weight"] = arenas[name].weights(0)[0]
-        else:
-            block, projection = name.rsplit(".", 1)
-            experts.setdefault(block, {})[projection] = arenas[name]
-    for block, parts in experts.items():
-        parent, child = block.rsplit(".", 1)
-        setattr(model.get_submodule(parent), child, PackedExperts(parts))
-    state, packed = {}, {}
-    for name, tensor in tensors.items():
-        module, _, part = name.rpartition(".weight_")
-        if module:
-            packed.setdefault(module, {})[part] = tensor
-        else:
-            state[name] = tensor
-    state |= {f"{module}.weight": _linear(parts) for module, parts in packed.items()}
-    missing, unexpected = model.load_state_dict({n: t.to(dtype) for n, t in state.items()}, strict=False)
-    if unexpected or [n for n in missing if n != "lm_head.weight"]:
-        raise ValueError(f"{folder}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    model.tie_weights()
-    return model.eval()
+    method = json.loads((pathlib.Path(folder) / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
+    if method != "moepress":
+        raise ValueError(f"{folder}: quant_method {method!r}; this reads what `[export.native]` of moepress writes")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    # Layers that predict several tokens ahead: transformers has none.
+    beyond = tuple(f"model.layers.{model.config.num_hidden_layers + i}." for i in range(getattr(model.config, "num_nextn_predict_layers", 0) or 0))
+    wrong = {what: sorted(key for key in map(str, keys) if not key.startswith(beyond))[:3] for what, keys in info.items()}
+    if any(wrong.values()):
+        raise ValueError(f"{folder}: {wrong}")
+    return model
 
 
 def self_test(folder):
@@ -239,3 +228,9 @@ def self_test(folder):
         if not torch.equal(sums, torch.tensor(case["sums"], dtype=torch.float64)):
             raise AssertionError(f"{case['bits']} bits: a golden tile does not decode to its sums")
     return [case["bits"] for case in golden["cases"]]
+
+
+if importlib.util.find_spec("transformers") is not None:
+    from . import integration
+
+    integration.register()

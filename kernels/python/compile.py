@@ -1,13 +1,16 @@
 """Compiles an emitted .cu for every architecture by NVRTC, without a GPU. Any word of the compiler is an error.
 
-    nvrtc.py FILE.cu [--lib LIBNVRTC] [--archs sm_80,sm_90a] [--out DIR]
+    compile.py FILE.cu [--lib LIBNVRTC] [--archs sm_80,sm_90a] [--keep]
 
 Prints one line an architecture: bytes of the cubin and the seconds it took. `--lib` may be left out where the wheel
-nvidia-cuda-nvrtc-cu12 is installed. With `--out` the cubins are kept, and PTX of compute_80.
+nvidia-cuda-nvrtc-cu12 is installed. With `--keep` they go beside the file, where the loader looks for them: `cubin/`, `ptx/` (compute_80) and,
+named with its hash, into `compiled` of manifest.json.
 """
 
 import argparse
 import ctypes
+import hashlib
+import json
 import pathlib
 import sys
 import time
@@ -48,18 +51,29 @@ def main():
     parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--lib")
     parser.add_argument("--archs", default=ARCHS)
-    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
     nvrtc = ctypes.CDLL(library(args.lib))
-    source = args.file.read_bytes()
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    source, kept = args.file.read_bytes(), []
+
+    def keep(path, arch, image):
+        at = args.file.parent / path
+        at.parent.mkdir(exist_ok=True)
+        at.write_bytes(image)
+        kept.append({"arch": arch, "file": path, "sha256": hashlib.sha256(image).hexdigest(), "nvrtc": f"{major.value}.{minor.value}"})
+
     for arch in args.archs.split(","):
         start = time.process_time()
         cubin = compile_for(nvrtc, source, arch)
         print(f"{arch}: {len(cubin)} bytes, {time.process_time() - start:.1f} s")
-        if args.out:
-            (args.out / f"mq_moe.{arch}.cubin").write_bytes(cubin)
-    if args.out:
-        (args.out / "mq_moe.compute_80.ptx").write_bytes(compile_for(nvrtc, source, "compute_80", "ptx"))
+        if args.keep:
+            keep(f"cubin/mq_moe.{arch}.cubin", arch, cubin)
+    if args.keep:
+        keep("ptx/mq_moe.compute_80.ptx", "compute_80", compile_for(nvrtc, source, "compute_80", "ptx").rstrip(b"\0"))
+        manifest = args.file.parent / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"compiled": kept}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

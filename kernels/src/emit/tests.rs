@@ -163,7 +163,68 @@ fn emitted_text_compiles_for_every_architecture() {
     files.insert("mq_moe.cu".to_owned(), text.into_bytes());
     write(dir.path(), &files);
     let compile = dir.path().join("python/moepress_kernels/compile.py");
-    run(Command::new("python3").arg(compile).arg(dir.path().join("mq_moe.cu")).arg("--lib").arg(library));
+    run(Command::new("python3").arg(compile).arg(dir.path().join("mq_moe.cu")).arg("--lib").arg(library).arg("--keep"));
+    let manifest: serde_json::Value = serde_json::from_slice(&fs_err::read(dir.path().join("manifest.json")).unwrap()).unwrap();
+    let compiled = manifest["compiled"].as_array().unwrap();
+    assert_eq!((compiled.len(), &compiled[6]["file"]), (7, &json!("ptx/mq_moe.compute_80.ptx")));
+    for image in compiled {
+        assert!(dir.path().join(image["file"].as_str().unwrap()).is_file());
+    }
+}
+
+/// A driver that has a device of capability 8.6, 9.0 and so on, and says what it is given to load.
+const DRIVER: &str = r#"
+#include <stdio.h>
+#include <stdlib.h>
+int cuInit(unsigned flags) { return (int)flags; }
+int cuCtxGetDevice(int *device) { return *device = 0; }
+int cuDeviceGetAttribute(int *value, int which, int device) {
+    int arch = atoi(getenv("MQ_TEST_ARCH"));
+    *value = which == 75 ? arch / 10 : which == 76 ? arch % 10 : 132;
+    return device;
+}
+int cuModuleLoadData(void **module, const char *image) { *module = (void *)image; puts(image); return 0; }
+int cuModuleUnload(void *module) { return !module; }
+int cuModuleGetFunction(void) { return 1; }
+int cuLaunchKernel(void) { return 1; }
+"#;
+const OPEN: &str = r#"
+#include <stdio.h>
+#include "mq_moe.h"
+int main(void) {
+    mq_model *model;
+    int code = mq_open(".", &model);
+    if (code) printf("%d: %s\n", code, mq_last_error());
+    mq_close(model);
+    return 0;
+}
+"#;
+
+#[test]
+fn the_loader_takes_the_image_of_its_device() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &emit(&case().model).unwrap());
+    let text = [("libcuda.c", DRIVER), ("open.c", OPEN)].map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec()));
+    write(dir.path(), &FileSet::from(text));
+    let cc = |arguments: &[&str]| run(Command::new("cc").current_dir(dir.path()).args(["-D_GNU_SOURCE", "-w"]).args(arguments));
+    if cc(&["-shared", "-fPIC", "libcuda.c", "-o", "libcuda.so.1"]).is_none() {
+        eprintln!("skipped: no C compiler");
+        return;
+    }
+    cc(&["open.c", "mq_loader.c", "-ldl", "-o", "open"]);
+    let opened = |arch: &str| {
+        let output = Command::new("./open").current_dir(dir.path()).env("MQ_TEST_ARCH", arch).env("LD_LIBRARY_PATH", ".").output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    fs_err::remove_file(dir.path().join("mq_moe.cu")).unwrap();
+    assert!(opened("90").starts_with("2: no cubin for sm_90 and no PTX below ."), "{}", opened("90"));
+    assert!(opened("75").contains("older than sm_80"));
+    let images = ["cubin/mq_moe.sm_80.cubin", "cubin/mq_moe.sm_86.cubin", "cubin/mq_moe.sm_90a.cubin"];
+    write(dir.path(), &images.map(|name| (name.to_owned(), name.as_bytes().to_vec())).into());
+    assert_eq!(["80", "86", "87", "90"].map(&opened), [images[0], images[1], images[1], images[2]]);
+    assert!(opened("100").starts_with("2: no cubin for sm_100"), "a cubin of another generation is not taken");
+    write(dir.path(), &[("ptx/mq_moe.compute_80.ptx".to_owned(), b"ptx".to_vec())].into());
+    assert_eq!([opened("100"), opened("86")], ["ptx", images[1]]);
 }
 
 /// Activations as 16-bit numbers of one type, and what they are worth.
