@@ -10,6 +10,8 @@
 //!
 //! 2026-11-25, two busy x86-64 cores (load 40), 4 samples, a CPU-second: product 116 GFLOP/s; second moments 72% of it (512 rows of 2048),
 //! 104% (512 of 768), 73% (2048 of 4096), weighted 67% at worst; forward 49% (68% by the clock).
+//! Then flex got its AVX-512 products (`x86-v4`): forward 59.7 (two idle cores, 47% of 126.0) to 77.6 GFLOP/s a CPU-second (load 14, 58%
+//! of 134.8, where second moments fell from 72% to 57%).
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, reason = "a bench reports on the terminal")]
 
 use std::hint::black_box;
