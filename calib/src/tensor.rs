@@ -45,6 +45,15 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// The type that a tensor of this one is made anew in: FP8, whose blocks have scales of their own, becomes bf16.
+    #[must_use]
+    pub fn anew(self) -> Self {
+        match self {
+            Self::F32 | Self::F16 => self,
+            _ => Self::Bf16,
+        }
+    }
+
     /// Every type that this program reads.
     pub const ALL: [Self; 16] = [
         Self::Bool,

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use calib::tensor::Dtype;
 use fs_err::File;
 use kernels::ScaleType;
 use serde::{Deserialize, Serialize};
@@ -35,6 +36,16 @@ pub enum Element {
 }
 
 impl Element {
+    /// Of floating-point values that a checkpoint stores as they are; `None` of FP8 and of integers.
+    pub fn of(dtype: Dtype) -> Option<Self> {
+        match dtype {
+            Dtype::F32 => Some(Self::F32),
+            Dtype::Bf16 => Some(Self::Bf16),
+            Dtype::F16 => Some(Self::F16),
+            _ => None,
+        }
+    }
+
     /// Bytes an element.
     pub fn size(self) -> usize {
         match self {

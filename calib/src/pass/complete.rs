@@ -11,10 +11,10 @@ use burn::tensor::backend::Backend;
 use crate::checkpoint::{Fingerprint, hash_bytes};
 use crate::corpus::{Demonstrations, Finish, Source, Tokenizer};
 use crate::device::{Device, Job};
-use crate::forward::{Experts, Generator, NoTap, likeliest, values};
+use crate::forward::{Generator, NoTap, likeliest, values};
 use crate::progress::Progress;
 use crate::sample::Generate;
-use crate::sample::write::{Hold, Stream};
+use crate::sample::write::Stream;
 use crate::stats::store::write_whole;
 use crate::{Result, Weights};
 
@@ -109,8 +109,7 @@ impl Job for Write<'_> {
         let Complete { params, tokenizer, progress, .. } = *self.asked;
         let stops = tokenizer.stops()?;
         let left: usize = self.files.iter().map(|file| file.lines.unfinished().len()).sum();
-        let experts = if params.experts == Hold::Memory { Experts::Resident } else { Experts::Streamed };
-        let generator = Generator::<B>::load(self.asked.weights, device, experts)?;
+        let generator = Generator::<B>::load(self.asked.weights, device, params.experts.experts())?;
         progress.start("written tokens at most", (left * params.tokens) as u64);
         for File { source, path, lines } in self.files {
             let unfinished = lines.unfinished();
@@ -191,6 +190,7 @@ impl Complete<'_> {
 mod tests {
     use super::*;
     use crate::corpus::tests::tiny;
+    use crate::forward::Experts;
     use crate::forward::testing::{Table, grouped_spec, latent_spec, random};
     use crate::progress::Quiet;
 

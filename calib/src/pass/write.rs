@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::Draw;
 use crate::checkpoint::Fingerprint;
 use crate::device::{Device, Job};
-use crate::forward::{Experts, Generator, Routing, Tap, values};
+use crate::forward::{Generator, Routing, Tap, values};
 use crate::sample::ebss::{self, Branch};
-use crate::sample::write::{At, Hold, Stream};
+use crate::sample::write::{At, Stream};
 use crate::sample::{Drawn, Sampler, Samples, Writing};
 use crate::stats::imbalance;
 use crate::stats::store::write_whole;
@@ -87,8 +87,7 @@ impl Job for Write<'_> {
             Sampler::Temperature(params) => (params.at_once, params.experts),
             other => return Err(Error::SamplerNeedsModel { sampler: other.name() }),
         };
-        let experts = if hold == Hold::Memory { Experts::Resident } else { Experts::Streamed };
-        let generator = Generator::<B>::load(self.draw.weights, device, experts)?;
+        let generator = Generator::<B>::load(self.draw.weights, device, hold.experts())?;
         let progress = self.draw.progress;
         progress.start("written tokens", (calibrate.samples * calibrate.tokens) as u64);
         progress.tick((self.written.ids.len() * calibrate.tokens) as u64);
@@ -224,6 +223,7 @@ impl<B: Backend> Tap<B> for Loads {
 mod tests {
     use super::*;
     use crate::corpus::tests::tiny;
+    use crate::forward::Experts;
     use crate::forward::testing::{Table, grouped_spec, latent_spec, random};
     use crate::progress::Quiet;
     use crate::sample::{Calibrate, ebss, temperature};

@@ -9,6 +9,8 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::forward::Experts;
+
 /// Where the routed experts are while a model writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -18,6 +20,13 @@ pub enum Hold {
     Memory,
     /// On disk: each step reads the chosen ones, which is slow.
     Disk,
+}
+
+impl Hold {
+    /// How a generator loads them.
+    pub(crate) fn experts(self) -> Experts {
+        if self == Self::Memory { Experts::Resident } else { Experts::Streamed }
+    }
 }
 
 pub(super) fn at_once() -> usize {

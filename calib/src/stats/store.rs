@@ -35,6 +35,13 @@ pub struct Manifest {
     pub parts: Vec<Part>,
 }
 
+impl Manifest {
+    /// The hashes of the samples of all passes, joined by `+`.
+    pub fn corpus(&self) -> String {
+        self.parts.iter().map(|part| part.corpus.as_str()).collect::<Vec<_>>().join("+")
+    }
+}
+
 /// One pass over samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -124,7 +124,7 @@ pub fn run(request: &Request<'_>) -> Result<Account> {
     let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
     let manifest = store.manifest()?.ok_or_else(unfinished)?;
     fs_err::create_dir_all(folder(dir))?;
-    let corpus = manifest.parts.iter().map(|part| part.corpus.as_str()).collect::<Vec<_>>().join("+");
+    let corpus = manifest.corpus();
     let mut account = Account { model: shape.fingerprint.clone(), corpus, ..Account::default() };
     let quantized = matrices(allocate, shape).into_iter().map(|m| (m.name, m.scale)).collect();
     let folds: Vec<Fold> = params.folds.clone().unwrap_or_else(|| Fold::ALL.into());

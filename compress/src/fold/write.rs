@@ -27,10 +27,7 @@ fn misfit(name: &str, what: &'static str) -> Error {
 /// The type that a changed tensor is stored in: its own, FP8 becomes bf16.
 pub(super) fn stored(model: &Model, name: &str) -> Result<Dtype> {
     let info = model.checkpoint().info(name).ok_or_else(|| misfit(name, "the model does not have it"))?;
-    Ok(match info.dtype {
-        Dtype::F32 | Dtype::F16 => info.dtype,
-        _ => Dtype::Bf16,
-    })
+    Ok(info.dtype.anew())
 }
 
 /// Writes what changes of a layer, one tensor at a time; nothing where nothing does.
@@ -47,11 +44,7 @@ pub(super) fn layer(model: &Model, layer: usize, factors: &Factors, path: &Path)
     for &part in &parts {
         let name = model.layout().name(Role::Layer(layer, part)).unwrap_or_default();
         let shape = model.checkpoint().info(name).map(|info| info.shape.clone()).unwrap_or_default();
-        let dtype = match stored(model, name)? {
-            Dtype::F32 => Element::F32,
-            Dtype::F16 => Element::F16,
-            _ => Element::Bf16,
-        };
+        let dtype = Element::of(stored(model, name)?).ok_or_else(|| misfit(name, "its type holds no scaled values"))?;
         declared.push(Declared { name: name.to_owned(), dtype, shape });
     }
     let file = Create::new(path, declared, &BTreeMap::new())?;

@@ -70,7 +70,7 @@ impl Measured {
     pub fn read(store: &Store, table: Option<Table>) -> Result<Self> {
         let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
         let manifest = store.manifest()?.ok_or_else(unfinished)?;
-        let corpus = manifest.parts.iter().map(|part| part.corpus.as_str()).collect::<Vec<_>>().join("+");
+        let corpus = manifest.corpus();
         let mut sites = BTreeMap::new();
         for layer in 0..manifest.layers {
             for (site, sums) in store.get(layer)?.channels {

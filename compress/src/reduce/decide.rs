@@ -46,7 +46,7 @@ pub fn decide(request: &Request<'_>) -> Result<Experts> {
     let has_mtp = model.layout().tensors().iter().any(|tensor| tensor.role == Role::Mtp);
     Ok(Experts {
         model: model.checkpoint().fingerprint().to_owned(),
-        corpus: manifest.parts.iter().map(|part| part.corpus.as_str()).collect::<Vec<_>>().join("+"),
+        corpus: manifest.corpus(),
         by: by.collect::<Vec<_>>().join(" and "),
         domains: if names.is_empty() { manifest.domains.clone() } else { names.to_vec() },
         before,

@@ -27,7 +27,6 @@ use calib::device::Device;
 use calib::progress::Progress;
 use calib::sample::Samples;
 use calib::stats::Store;
-use calib::tensor::Dtype;
 
 pub use weights::{Own, Owned};
 
@@ -122,11 +121,8 @@ fn write_layer(model: &Model, dir: &Path, layer: usize, own: &Owned) -> Result<(
     let mut named = Vec::new();
     for (&role, tensor) in own {
         let name = model.family().names.of(role).unwrap_or_default();
-        let dtype = match tensor.dtype {
-            Dtype::F32 => Element::F32,
-            Dtype::Bf16 => Element::Bf16,
-            Dtype::F16 => Element::F16,
-            _ => return Err(Error::PlanMisfit { name, what: "its type is none that a router or an expert is made anew in" }),
+        let Some(dtype) = Element::of(tensor.dtype) else {
+            return Err(Error::PlanMisfit { name, what: "its type is none that a router or an expert is made anew in" });
         };
         declared.push(Declared { name: name.clone(), dtype, shape: tensor.shape.clone() });
         named.push((name, &tensor.bytes));

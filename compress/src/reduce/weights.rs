@@ -26,10 +26,7 @@ pub struct Own {
 impl Own {
     /// Values in a type that an output can hold: FP8 becomes bf16.
     fn of(dtype: Dtype, shape: Vec<usize>, values: &[f32]) -> Option<Self> {
-        let dtype = match dtype {
-            Dtype::F32 | Dtype::F16 => dtype,
-            _ => Dtype::Bf16,
-        };
+        let dtype = dtype.anew();
         Some(Self { dtype, shape, bytes: tensor::encode(dtype, values)? })
     }
 
