@@ -118,6 +118,7 @@ fn rounding_and_exporting_hold_a_few_matrices() {
         repair: Default::default(),
         allocation: None,
         through: calib::sample::Through::Routed,
+        keep_moments: false,
         experts: None,
         tensors: model.layout().roles().map(|(role, name)| (name.to_owned(), action(role))).collect(),
     };

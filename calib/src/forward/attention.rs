@@ -13,8 +13,9 @@ use super::rope::Rotary;
 use crate::Result;
 use crate::arch::{Grouped, Part, QkNorm, Site, Spec};
 
-/// Most scores held at once by the attention of one batch: 64 MiB of f32.
-pub(super) const SCORES: usize = 16 << 20;
+/// Most scores held at once by the attention of one batch: 16 MiB of f32, which the allocator keeps from block to block (64 MiB it gives
+/// back, and the page faults cost a twelfth of a forward).
+pub(super) const SCORES: usize = 4 << 20;
 /// Fewest queries in a block, however long the input.
 pub(super) const QUERIES: usize = 32;
 

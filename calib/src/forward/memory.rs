@@ -33,6 +33,25 @@ pub fn peak_bytes(spec: &Spec, layer: usize, samples: Samples, in_flight: usize)
     4 * (3 * rows * d + weights + held + lists + feed_forward.max(in_flight * attention)) as u64
 }
 
+/// Bytes that a [`Generator`](super::Generator) needs at most while it carries `sequences` texts of up to `tokens` tokens: all layers in f32
+/// (the routed experts only where they are `resident`, else those in flight), the embedding and the head, keys and values of every layer, of
+/// one layer twice while they grow, and four copies of the logits.
+pub fn generator_bytes(spec: &Spec, resident: bool, [sequences, tokens]: [usize; 2], in_flight: usize) -> u64 {
+    let d = spec.hidden;
+    let cached = match &spec.attention {
+        Attention::Grouped(a) => 2 * a.kv_heads * a.head_dim,
+        Attention::Latent(a) => a.heads * (a.nope_dim + a.rope_dim + a.value_dim),
+    };
+    let moes = || (0..spec.layers.len()).filter_map(|layer| spec.moe(layer));
+    let all: u64 = (0..spec.layers.len()).map(|layer| layer_weights(spec, layer)).sum();
+    let routed: u64 = moes().map(|moe| (3 * moe.experts * moe.inner * d) as u64).sum();
+    let routers: u64 = moes().map(|moe| (moe.experts * d) as u64).sum();
+    let flying = moes().map(|moe| 3 * moe.inner * d * in_flight).max().unwrap_or(0) as u64;
+    let held = if resident { all } else { all - routed + flying };
+    let keys = ((spec.layers.len() + 1) * sequences * tokens * cached) as u64;
+    4 * (held + routers + (2 * spec.vocab * d) as u64 + keys + (4 * sequences * spec.vocab) as u64)
+}
+
 /// Weights of a decoder layer's Linear matrices; its router, norms and biases are none.
 pub fn layer_weights(spec: &Spec, layer: usize) -> u64 {
     let mlp = match &spec.layers[layer].mlp {

@@ -45,7 +45,7 @@ pub(crate) use generate::likeliest;
 pub use head::Head;
 pub(crate) use layer::{Context, MlpKind};
 pub use layer::{DecoderLayer, Experts, attention_alone, decoder_layer};
-pub use memory::{Samples, layer_weights, peak_bytes};
+pub use memory::{Samples, generator_bytes, layer_weights, peak_bytes};
 pub(crate) use moe::CHUNK;
 pub(crate) use moe::{GatedMlp, Load, MlpAdjoint, MoeBlock, Output, SharedExpert, accumulate, add, blocks, expert, gather, pieces, starts};
 pub use moe::{spread, values};

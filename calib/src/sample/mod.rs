@@ -67,6 +67,11 @@ pub struct Calibrate {
     /// without it. It reads every expert a second time and holds the layer's experts' outputs for so many tokens.
     #[serde(default)]
     pub similarity_tokens: usize,
+    /// Keep the second moments that solvers use, as `moments/layer-*.safetensors` beside the statistics: another width, budget or grid
+    /// over the same samples (`--force`) is then solved without a forward pass. About `2·K²` bytes for each expert's and each other
+    /// matrix's `K` inputs, so for small models. For the independent order alone, and without `refine.learned`.
+    #[serde(default)]
+    pub keep_moments: bool,
     /// What becomes of an expert that too few tokens reached.
     #[serde(default)]
     pub undercalibrated: Undercalibrated,
@@ -76,14 +81,40 @@ pub struct Calibrate {
 }
 
 impl Calibrate {
+    /// What the model is run on where it writes: texts side by side, tokens of each at most, and whether its experts are in memory meanwhile.
+    /// `None` where it writes nothing. Prompts are taken to be no longer than samples.
+    pub fn writing(&self) -> Option<([usize; 2], bool)> {
+        let by_sampler = match &self.sampler {
+            Sampler::Ebss(params) => Some(([params.at_once * params.branches, self.tokens], params.experts)),
+            Sampler::Temperature(params) => Some(([params.at_once, self.tokens], params.experts)),
+            Sampler::Sequential(_) | Sampler::Random(_) | Sampler::Balanced(_) => None,
+        };
+        let completing = self.generate.as_ref().map(|params| ([params.at_once, self.tokens + params.tokens], params.experts));
+        by_sampler.or(completing).map(|(texts, experts)| (texts, experts == write::Hold::Memory))
+    }
+
     /// The defaults over some files.
     pub fn over(corpus: Vec<PathBuf>) -> Self {
         let (corpus, sampler) = (corpus.into_iter().map(Source::from).collect(), Sampler::default());
         let (samples, tokens, pack, experts) = (samples(), tokens(), pack(), Through::default());
         let undercalibrated = Undercalibrated::default();
-        let (traces, similarity_tokens, generate, end_loss) = (false, 0, None, None);
+        let (traces, keep_moments, similarity_tokens, generate, end_loss) = (false, false, 0, None, None);
         let seed = 0;
-        Self { corpus, samples, tokens, pack, seed, sampler, generate, experts, traces, similarity_tokens, undercalibrated, end_loss }
+        Self {
+            corpus,
+            samples,
+            tokens,
+            pack,
+            seed,
+            sampler,
+            generate,
+            experts,
+            traces,
+            similarity_tokens,
+            keep_moments,
+            undercalibrated,
+            end_loss,
+        }
     }
 }
 

@@ -31,6 +31,21 @@ impl Moment {
         Self { sums: Triangle::of(sums.view()), tokens }
     }
 
+    /// Values that are kept of a moment of this width: a little more than half of its square.
+    pub fn stored(width: usize) -> usize {
+        Triangle::stored(width)
+    }
+
+    /// What is kept of it, [`Moment::stored`] values in an order of its own.
+    pub fn values(&self) -> &[f32] {
+        self.sums.values()
+    }
+
+    /// From [`Moment::values`] over `tokens` tokens; `None` if they are not as many as a moment of this width keeps.
+    pub fn from_values(width: usize, tokens: u64, values: Vec<f32>) -> Option<Self> {
+        Some(Self { sums: Triangle::from_values(width, values)?, tokens })
+    }
+
     /// Adds rows `[rows, width]`; `weights` is each row's `v`, `[rows]`, not negative; `None`: 1 each.
     ///
     /// # Panics
@@ -124,6 +139,8 @@ mod tests {
         weighted.add(rows.view(), Some(&[4.0, 0.0]));
         assert_eq!(weighted.clone().into_matrix(), array![[4.0, 8.0], [8.0, 16.0]]);
         moment.merge(&weighted).unwrap();
+        assert_eq!(Moment::from_values(2, 4, moment.values().to_vec()).as_ref(), Some(&moment));
+        assert_eq!((Moment::stored(2), Moment::from_values(3, 4, moment.values().to_vec())), (4, None));
         assert_eq!(moment.tokens(), 4);
         assert_eq!(moment.into_matrix(), array![[14.0, 7.0], [7.0, 21.0]]);
         assert!(weighted.merge(&Moment::new(3)).is_err());

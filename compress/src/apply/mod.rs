@@ -20,6 +20,7 @@
 mod aim;
 mod end;
 mod learned;
+mod moments;
 mod output;
 mod sequential;
 #[cfg(test)]
@@ -33,7 +34,7 @@ use std::path::Path;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use calib::arch::{Part, Role};
-use calib::device::{Device, Job as DeviceJob};
+use calib::device::{Cpu, Device, Job as DeviceJob};
 use calib::forward::{NoTap, Options, Tap, decoder_layer};
 use calib::pass::{Stream, stream_layers};
 use calib::progress::Progress;
@@ -51,6 +52,7 @@ use crate::quantize::{Quantizer, Refine, hqq};
 use crate::repair::Order;
 use crate::solved::{By, Judged, LayerFile, Refit, Report, Solved};
 use crate::{Error, Result};
+use moments::{Keep, Moments, Write as WriteMoments};
 use work::Job;
 
 /// What solving a model came to.
@@ -101,16 +103,21 @@ pub fn solve(
     let resumed = solved.done();
     let snapshots = solved.snapshots();
     let rest = &layers[resumed..];
+    let keep = Keep::new(dir, plan)?;
     let refits = plan.tensors.values().any(|action| *action == Action::Refit);
-    if refits || rest.iter().flatten().any(|job| job.needs_tokens(plan)) {
+    let weights = || TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default(), &plan.end_loss);
+    if let Some(kept) = keep.as_ref().map(|keep| keep.all(plan, rest, resumed)).transpose()?.flatten() {
+        tracing::info!("second moments that an earlier plan kept: no forward pass");
+        solve_kept(&Kept { model, plan, layers: &layers, solved: &solved, weights: weights() }, kept, progress)?;
+    } else if refits || rest.iter().flatten().any(|job| job.needs_tokens(plan)) {
         let ids = samples.ok_or(Error::NoSamples)?;
         // A snapshot is only as good as the layers before it.
         if snapshots.next_layer()?.is_some_and(|next| next > resumed) {
             snapshots.remove()?;
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
-        let weights = TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default(), &plan.end_loss);
-        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights })?;
+        let (weights, keep) = (weights(), keep.as_ref());
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights, keep })?;
     } else {
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
@@ -130,6 +137,32 @@ pub fn solve(
     outcome(model, plan, &solved, (&layers, resumed))
 }
 
+/// What is solved against moments that an earlier plan has kept.
+struct Kept<'a> {
+    model: &'a Model,
+    plan: &'a Plan,
+    layers: &'a [Vec<Job<'a>>],
+    solved: &'a Solved,
+    weights: TokenWeights,
+}
+
+/// Solves the last layers, one for each of `moments`.
+fn solve_kept(what: &Kept<'_>, moments: Vec<Moments>, progress: &dyn Progress) -> Result<()> {
+    let Kept { model, plan, layers, solved, weights } = what;
+    progress.start("layers", moments.len() as u64);
+    for ((layer, jobs), moments) in layers.iter().enumerate().skip(layers.len() - moments.len()).zip(moments) {
+        let file = solved.create(layer, &declared(jobs), None)?;
+        round(model, plan, jobs, &file)?;
+        if let Some(solver) = tokens::Solver::new(model, plan, (layer, jobs), &file, weights)? {
+            solver.solve_kept(&moments, Options::of::<Cpu>().in_flight)?;
+        }
+        file.finish()?;
+        progress.tick(1);
+    }
+    progress.finish();
+    Ok(())
+}
+
 /// The second pass: tokens go through the original layers, and each layer's matrices are solved on the way.
 struct Run<'a> {
     stream: Stream<'a>,
@@ -138,6 +171,7 @@ struct Run<'a> {
     layers: &'a [Vec<Job<'a>>],
     solved: &'a Solved,
     weights: TokenWeights,
+    keep: Option<&'a Keep>,
 }
 
 impl DeviceJob for Run<'_> {
@@ -167,13 +201,15 @@ impl Run<'_> {
         let waiting = self.waiting();
         let inputs = waiting.as_ref().map(|_| hidden.to_vec());
         let solver = tokens::Solver::new(self.model, self.plan, (layer, jobs), &file, &self.weights)?;
-        let solver = solver.map(|solver| solver.handing(waiting.as_ref().map(|(waiting, _)| waiting)));
+        let moments = self.keep.map(|keep| keep.create(layer, self.plan, jobs)).transpose()?;
+        let solver = solver.map(|solver| solver.handing(waiting.as_ref().map(|(waiting, _)| waiting)).storing(moments.as_ref()));
         let tap: &dyn Tap<B> = match &solver {
             Some(solver) => solver,
             None => &NoTap,
         };
         decoder_layer(self.model, layer, hidden, tap, options)?;
         drop(solver);
+        moments.map_or(Ok(()), WriteMoments::finish)?;
         if let (Some((waiting, params)), Some(inputs)) = (waiting, inputs) {
             let at = learned::Layer { model: self.model, rest: self.model, layer, inputs: &inputs, targets: hidden };
             waiting.finish(&at, params, &file)?;

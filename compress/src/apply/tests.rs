@@ -1,6 +1,7 @@
 //! Whole ways through `solve` and `write` on the tiny checkpoints of every family.
 
 mod learned;
+mod moments;
 mod objective;
 mod sequential;
 
@@ -55,6 +56,7 @@ fn plan(model: &Model, quantizer: Quantizer, how: impl Fn(&str, Role) -> Option<
         repair: Default::default(),
         allocation: None,
         through: calib::sample::Through::Routed,
+        keep_moments: false,
         experts: None,
         tensors,
     }

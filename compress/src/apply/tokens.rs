@@ -16,13 +16,15 @@ use calib::stats::Moment;
 use calib::{Model, Weights};
 use kernels::Group;
 use ndarray::{Array2, ArrayView2};
+use rayon::prelude::*;
 
 use super::aim::Original;
 use super::learned::Waiting;
+use super::moments::{Moments, Write as WriteMoments};
 use super::work::Job;
 use crate::blend::{self, LayerRows};
 use crate::objective::{Rows, TokenWeights};
-use crate::plan::{Plan, Solver as Who};
+use crate::plan::Plan;
 use crate::quantize::factor::factorize;
 use crate::quantize::rtn::{self, rtn};
 use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
@@ -54,6 +56,8 @@ pub struct Solver<'a> {
     kept: Option<Mutex<BTreeMap<Role, Array2<f32>>>>,
     /// Where matrices wait that are to be learned from.
     waiting: Option<&'a Waiting>,
+    /// Where moments stay for another plan.
+    store: Option<&'a WriteMoments>,
 }
 
 /// The cross moment of one site.
@@ -101,7 +105,28 @@ impl<'a> Solver<'a> {
             crosses: Mutex::default(),
             kept: None,
             waiting: None,
+            store: None,
         }))
+    }
+
+    /// Keeps the moments that are solved against.
+    pub fn storing(self, store: Option<&'a WriteMoments>) -> Self {
+        Self { store, ..self }
+    }
+
+    /// Solves everything against moments that an earlier plan has kept, `in_flight` sites at a time.
+    ///
+    /// # Errors
+    ///
+    /// As the passing of tokens.
+    pub fn solve_kept(&self, moments: &Moments, in_flight: usize) -> Result<()> {
+        let sites: Vec<_> = self.jobs.iter().collect();
+        sites.chunks(in_flight.max(1)).try_for_each(|sites| {
+            sites.par_iter().try_for_each(|(site, jobs)| {
+                let moment = moments.get(**site, jobs.first().map_or(0, |job| job.shape[1]))?;
+                moment.map_or_else(|| self.unreached(jobs), |moment| self.solve_at(**site, jobs, moment))
+            })
+        })
     }
 
     /// Aims at the original model's outputs.
@@ -146,7 +171,7 @@ impl<'a> Solver<'a> {
     /// A site's whole moment, blended where the plan says so; `None` where no token came and nothing is blended.
     fn moment(&self, layer: usize, site: Site, jobs: &[&Job<'_>]) -> Result<Option<Moment>> {
         let own = self.take(site).filter(|moment| moment.tokens() > 0);
-        let Some(rows) = self.layer_rows.get().filter(|_| jobs.iter().any(|job| blends(job))) else { return Ok(own) };
+        let Some(rows) = self.layer_rows.get().filter(|_| jobs.iter().any(|job| job.is_blended())) else { return Ok(own) };
         let mut moment = own.unwrap_or_else(|| Moment::new(jobs.first().map_or(0, |job| job.shape[1])));
         rows.blend(self.model, layer, site, &mut moment)?;
         Ok(Some(moment))
@@ -154,10 +179,19 @@ impl<'a> Solver<'a> {
 
     fn solve(&self, layer: usize, site: Site) -> Result<()> {
         let Some(jobs) = self.jobs.get(&site) else { return Ok(()) };
-        let Some(moment) = self.moment(layer, site, jobs)? else { return self.unreached(jobs) };
+        let moment = self.moment(layer, site, jobs)?;
+        if let Some(store) = self.store {
+            let about = (jobs.first().map_or(0, |job| job.shape[1]), jobs.iter().any(|job| job.is_blended()));
+            store.put(site, moment.as_ref(), about)?;
+        }
+        moment.map_or_else(|| self.unreached(jobs), |moment| self.solve_at(site, jobs, moment))
+    }
+
+    /// Solves the matrices of one site against its moment.
+    fn solve_at(&self, site: Site, jobs: &[&Job<'_>], moment: Moment) -> Result<()> {
         let groups: Vec<Group> = jobs.iter().map(|job| job.how.group).collect();
         // What is missing was summed over the expert's own tokens alone.
-        let cross = self.cross(site, &moment).filter(|_| !jobs.iter().any(|job| blends(job)));
+        let cross = self.cross(site, &moment).filter(|_| !jobs.iter().any(|job| job.is_blended()));
         let moment = moment.into_matrix();
         let first = jobs.first().map_or("", |job| job.name);
         let factor = factorize(moment.view(), &groups, self.params).map_err(|source| named(first, source))?;
@@ -188,11 +222,6 @@ impl<'a> Solver<'a> {
 /// Says of which matrix an error is.
 fn named(name: &str, source: Error) -> Error {
     Error::InMatrix { name: name.to_owned(), source: Box::new(source) }
-}
-
-/// Whether a matrix is solved against its layer's tokens too.
-fn blends(job: &Job<'_>) -> bool {
-    matches!(job.how.solver, Who::Blended { .. })
 }
 
 impl Solver<'_> {
@@ -255,7 +284,7 @@ impl<B: Backend> Tap<B> for Solver<'_> {
     }
 
     fn entered(&self, layer: usize, x: &[Tensor<B, 2>], _: &[u64]) -> calib::Result<()> {
-        if self.jobs.values().flatten().any(|job| blends(job)) {
+        if self.jobs.values().flatten().any(|job| job.is_blended()) {
             let spec = self.model.spec();
             let most = blend::rows(spec.hidden, spec.moe(layer).map_or(0, |moe| moe.inner));
             // Set once: a layer is entered once.

@@ -28,6 +28,11 @@ impl Job<'_> {
             && plan.quantizer.as_ref().is_some_and(|q| q.needs_calibration())
     }
 
+    /// Whether it is solved against its layer's tokens too.
+    pub fn is_blended(&self) -> bool {
+        matches!(self.how.solver, Solver::Blended { .. })
+    }
+
     /// Whether it is a matrix of attention.
     pub fn is_attention(&self) -> bool {
         matches!(self.site, Some(Site::AttentionIn | Site::QueryB | Site::KvB | Site::AttentionOut))

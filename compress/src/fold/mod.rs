@@ -26,7 +26,7 @@ use calib::{Model, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::Allocate;
-use crate::plan::{Shape, matrices};
+use crate::plan::{self, Shape, matrices};
 use crate::quantize::{Quantizer, Width};
 use crate::repair::awq::{Fold, Params};
 use crate::tensorfile::write_whole;
@@ -121,8 +121,7 @@ fn layer_path(dir: &Path, layer: usize) -> PathBuf {
 /// [`Error::Stage`] if the calibration pass is not finished; what rounding a matrix says; an IO error.
 pub fn run(request: &Request<'_>) -> Result<Account> {
     let Request { model, shape, allocate, params, store, dir, progress, .. } = *request;
-    let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
-    let manifest = store.manifest()?.ok_or_else(unfinished)?;
+    let manifest = plan::finished(store)?;
     fs_err::create_dir_all(folder(dir))?;
     let corpus = manifest.corpus();
     let mut account = Account { model: shape.fingerprint.clone(), corpus, ..Account::default() };

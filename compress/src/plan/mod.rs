@@ -29,7 +29,7 @@ use crate::{Error, Result};
 
 pub use experts::{Experts, Fate, Repaired};
 pub use foreign::Tool;
-pub use shape::{Measured, Seen, Shape, Tensor};
+pub use shape::{Measured, Seen, Shape, Tensor, finished};
 pub use summary::Summary;
 pub use sweep::{Point, Range, Sweep, sweep};
 use widths::Widths;
@@ -62,6 +62,9 @@ pub struct Plan {
     /// Which tokens the experts' second moments are over.
     #[serde(default, skip_serializing_if = "is_routed")]
     pub through: Through,
+    /// Whether second moments stay on disk, so that another plan needs no forward pass.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_moments: bool,
     /// The order in which layers are solved, and what is mended.
     #[serde(default)]
     pub repair: Repair,
@@ -181,6 +184,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         end_loss: recipe.calibrate.as_ref().and_then(|calibrate| calibrate.end_loss.clone()).unwrap_or_default(),
         refine: recipe.refine.clone(),
         through: recipe.calibrate.as_ref().map(|c| c.experts).unwrap_or_default(),
+        keep_moments: recipe.calibrate.as_ref().is_some_and(|c| c.keep_moments),
         repair: repair.clone(),
         allocation: widths.and_then(|w| w.account),
         experts: None,

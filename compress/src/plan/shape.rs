@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use calib::Model;
 use calib::arch::{Part, Role, Site};
-use calib::stats::Store;
+use calib::stats::{Manifest, Store};
 use calib::tensor::Dtype;
 use kernels::ScaleType;
 
@@ -61,6 +61,16 @@ impl Shape {
     }
 }
 
+/// What a calibration pass left, if it is finished.
+///
+/// # Errors
+///
+/// [`Error::Stage`] if it is not; an IO error, or a manifest that is none.
+pub fn finished(store: &Store) -> Result<Manifest> {
+    let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
+    store.manifest()?.ok_or_else(unfinished)
+}
+
 impl Measured {
     /// Reads what a finished calibration pass left.
     ///
@@ -68,8 +78,7 @@ impl Measured {
     ///
     /// [`Error::Stage`] if the pass is not finished; an IO error, or a file that is not one of these.
     pub fn read(store: &Store, table: Option<Table>) -> Result<Self> {
-        let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
-        let manifest = store.manifest()?.ok_or_else(unfinished)?;
+        let manifest = finished(store)?;
         let corpus = manifest.corpus();
         let mut sites = BTreeMap::new();
         for layer in 0..manifest.layers {

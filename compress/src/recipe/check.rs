@@ -72,6 +72,16 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         found.extend(check_learned(params, recipe.calibrate.as_ref().map_or(0, |calibrate| calibrate.samples), source));
     }
     found.extend(check_repair(recipe, source));
+    if recipe.calibrate.as_ref().is_some_and(|calibrate| calibrate.keep_moments) {
+        let sequential = recipe.repair.as_ref().is_some_and(|repair| repair.order == Order::Sequential);
+        let why = match (&recipe.quantize, &recipe.refine) {
+            (Some(Quantizer::Gptq(_)), _) if sequential => Some("behind compressed layers they serve this one plan alone"),
+            (Some(Quantizer::Gptq(_)), Some(Refine::Learned(_))) => Some("learned refinement needs the tokens themselves"),
+            (Some(Quantizer::Gptq(_)), _) => None,
+            _ => Some("the quantizer uses no second moments"),
+        };
+        found.extend(why.map(|why| source.problem("calibrate.keep_moments", why.to_owned(), Some("leave it out".into()))));
+    }
     found.extend(fold::check_awq(recipe, source));
     found.extend(texts::check_through(recipe, source));
     if let Some(objective) = &recipe.objective {

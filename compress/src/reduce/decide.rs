@@ -8,7 +8,7 @@ use calib::stats::ExpertStats;
 use calib::{Model, Weights};
 
 use super::Request;
-use crate::plan::{Experts, Fate, experts};
+use crate::plan::{self, Experts, Fate, experts};
 use crate::prune::{self, Pruner, random, select, super_experts};
 use crate::{Error, Result};
 
@@ -20,8 +20,7 @@ use crate::{Error, Result};
 /// take, or protected experts that are more than stay.
 pub fn decide(request: &Request<'_>) -> Result<Experts> {
     let Request { model, pruner, merger, store, .. } = *request;
-    let unfinished = || Error::Stage { path: store.dir().to_owned(), what: "the calibration pass has left no manifest here".into() };
-    let manifest = store.manifest()?.ok_or_else(unfinished)?;
+    let manifest = plan::finished(store)?;
     let before = experts::count(model);
     let asked = pruner.map(Pruner::asked);
     let left = asked.map_or(before, |asked| asked.count(before));

@@ -1,8 +1,11 @@
 //! What can be known before any hour is spent: whether the formats can hold the result, and the disk the files.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use calib::Model;
+use calib::arch::Role;
+use calib::stats::Moment;
 
 use crate::plan::{self, Shape, Summary};
 use crate::recipe::{Loaded, Problem, Recipe};
@@ -54,18 +57,30 @@ fn needs(recipe: &Recipe, summary: &Summary, shape: &Shape) -> u64 {
     let dense = summary.weights * 2 + summary.bytes_kept;
     let native = recipe.export.native.is_some().then_some(packed);
     let outputs = [recipe.export.compressed_tensors.is_some().then_some(packed), native, recipe.export.dense.is_some().then_some(dense)];
-    let hidden = shape.tensors.iter().find(|t| t.role == calib::arch::Role::Embedding).and_then(|t| t.shape.get(1)).copied().unwrap_or(0);
+    let hidden = shape.tensors.iter().find(|t| t.role == Role::Embedding).and_then(|t| t.shape.get(1)).copied().unwrap_or(0);
     // A snapshot is replaced by its successor, so two lie there for a moment.
     let states = recipe.calibrate.as_ref().map_or(0, |c| 2 * 4 * (c.samples * c.tokens * hidden) as u64);
+    let moments = recipe.calibrate.as_ref().filter(|c| c.keep_moments).map_or(0, |_| moments(shape));
     let folded = recipe.folds().map_or(0, |_| shape.bytes());
-    summary.bytes_after + outputs.into_iter().flatten().sum::<u64>() + states + folded
+    summary.bytes_after + outputs.into_iter().flatten().sum::<u64>() + states + folded + moments
+}
+
+/// Bytes of a second moment for each site of the decoder layers.
+fn moments(shape: &Shape) -> u64 {
+    let site = |tensor: &plan::Tensor| match (tensor.role, tensor.shape.as_slice()) {
+        (Role::Layer(layer, part), &[_, inputs]) => part.site().map(|site| ((layer, site), inputs)),
+        _ => None,
+    };
+    let sites: BTreeMap<_, usize> = shape.tensors.iter().filter_map(site).collect();
+    sites.into_values().map(|inputs| 4 * Moment::stored(inputs) as u64).sum()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use calib::arch::Role;
+    use calib::arch::{Part, Projection};
     use kernels::ScaleType;
+
+    use super::*;
 
     #[test]
     fn everything_that_is_written_counts() {
@@ -75,5 +90,12 @@ mod tests {
         let shape = Shape { fingerprint: String::new(), tensors: vec![embedding] };
         // Codes 60, packed 67, dense 207, twice the states of 15 tokens of 2 values of 4 bytes.
         assert_eq!(needs(&toml::from_str(text).unwrap(), &summary, &shape), 60 + 67 + 207 + 240);
+        // Gate and up share 3 inputs, down has 2: 9 and 4 values, of bands that are not full.
+        let matrix = |projection, shape: [usize; 2]| {
+            let role = Role::Layer(0, Part::Expert(0, projection));
+            plan::Tensor { name: format!("{projection:?}"), shape: shape.into(), role, scale: ScaleType::Bf16, bytes: 12 }
+        };
+        let tensors = vec![matrix(Projection::Gate, [2, 3]), matrix(Projection::Up, [2, 3]), matrix(Projection::Down, [3, 2])];
+        assert_eq!(moments(&Shape { fingerprint: String::new(), tensors }), 4 * (9 + 4));
     }
 }

@@ -78,6 +78,8 @@ impl Identity {
             if let Some(recipe) = recipe.as_object_mut() {
                 recipe.remove("export");
                 recipe.remove("evaluate");
+                // What is kept is kept by hash of what it is of.
+                recipe.get_mut("calibrate").and_then(Value::as_object_mut).and_then(|calibrate| calibrate.remove("keep_moments"));
                 // A reduced model is measured again in a stage of its own, so which one it is does not count.
                 let reduced = ["prune", "merge"].iter().filter(|key| recipe.remove(**key).is_some()).count() > 0;
                 // So is one whose input channels are scaled.

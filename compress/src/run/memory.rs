@@ -13,6 +13,7 @@ use calib::{backward, pass};
 
 use crate::allocate::Cost;
 use crate::plan::experts;
+use crate::prune::Pruner;
 use crate::quantize::{Quantizer, Refine, learned};
 use crate::recipe::Recipe;
 use crate::report::memory;
@@ -28,6 +29,13 @@ const CODES: u64 = 2;
 /// The stages in which matrices learn.
 const LEARNED: &str = "apply (refine.learned: 29 bytes for each weight of a layer)";
 const LEARNED_END: &str = "apply (refine.learned.end: 29 bytes for each weight of the model; leave it out)";
+
+/// The stages in which the model writes and loses experts.
+const WRITING: &str = "calibrate (the model that writes, whole in f32; let its experts stay on disk: experts = \"disk\")";
+const WRITING_DISK: &str = "calibrate (the model that writes; write fewer texts at_once)";
+const REDUCE: &str = "reduce (what experts say of the tokens that they are judged by; ask for fewer `tokens`)";
+/// Tokens whose candidates a fit of routers holds at once.
+const CANDIDATES: usize = 4096;
 
 /// How a run fits.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,6 +95,18 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
             peak = peak.max(back).max(table + hidden + 3 * 4 * LOGITS as u64);
         }
         found.push(("calibrate", PROGRAM + peak));
+        if let Some((texts, resident)) = calibrate.writing() {
+            let held = forward::generator_bytes(spec, resident, texts, in_flight);
+            found.push((if resident { WRITING } else { WRITING_DISK }, PROGRAM + held));
+        }
+        if recipe.reduces() {
+            let reduce = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + reduction(recipe, spec, layer, samples));
+            found.push((REDUCE, PROGRAM + reduce.max(table + hidden)));
+        }
+        if recipe.folds().is_some() {
+            let largest = (0..spec.layers.len()).map(|layer| largest(spec, layer)).max().unwrap_or(0);
+            found.push(("fold", PROGRAM + 16 * rayon::current_num_threads() as u64 * largest));
+        }
         if matches!(recipe.quantize, Some(Quantizer::Gptq(_))) {
             let solve = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + solver(spec, layer, in_flight));
             found.push(("apply", PROGRAM + solve.max(table + hidden)));
@@ -108,6 +128,41 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
         found.push(("evaluate", PROGRAM + (layer + other).max(heads)));
     }
     found
+}
+
+/// What a layer that loses experts holds beside the forward pass (the heading of [`crate::reduce`]).
+fn reduction(recipe: &Recipe, spec: &Spec, layer: usize, samples: Samples) -> u64 {
+    let Some(moe) = spec.moe(layer) else { return 0 };
+    let (d, rows) = (spec.hidden, samples.count * samples.tokens);
+    let repair = recipe.repair.as_ref().and_then(|repair| repair.removal.as_ref());
+    let searched = match &recipe.prune {
+        Some(Pruner::Exhaustive(params)) => params.tokens.min(rows),
+        _ => 0,
+    };
+    let merged = recipe.merge.as_ref().map_or(0, |merger| merger.asked().tokens).min(rows);
+    // What all experts say of the tokens that sets or groups are judged by, and of searches their products in f64.
+    let said = moe.experts * d * searched.max(merged) + 2 * moe.experts * moe.experts * searched;
+    let fitted = repair.map_or(0, |params| {
+        let (tokens, k) = (params.tokens.min(rows), 2 * moe.top_k + 2);
+        let routers = if params.steps == 0 { 0 } else { CANDIDATES.min(tokens) * k * d + tokens * k * (k + 2) };
+        let down = if params.down.rounds == 0 { 0 } else { tokens * moe.top_k * (moe.inner + d) };
+        // The stream of the reduced layers, and a copy that a layer is tried on.
+        2 * rows * d + 2 * tokens * d + routers.max(down)
+    });
+    let asked = searched > 0 || merged > 0 || repair.is_some();
+    // Blocks are shown: two more copies of the hidden states. What is made anew waits until its layer is whole.
+    let shown = if asked { 2 * rows * d + 3 * moe.experts * moe.inner * d } else { moe.experts * d };
+    4 * (said + fitted + shown) as u64
+}
+
+/// Weights of a layer's largest matrix.
+fn largest(spec: &Spec, layer: usize) -> u64 {
+    let inner = match &spec.layers[layer].mlp {
+        Mlp::Dense { inner } => *inner,
+        Mlp::Moe(moe) => moe.inner.max(moe.shared.as_ref().map_or(0, |shared| shared.inner)),
+    };
+    let attention = sites(spec, layer).into_iter().map(|(_, width)| width).max().unwrap_or(0);
+    (spec.hidden * inner.max(attention)) as u64
 }
 
 /// The model that is solved: with the experts that the recipe leaves.
@@ -248,6 +303,27 @@ mod tests {
         // One byte less is refused, with the stage and the numbers.
         let said = fitting("[refine.learned.end]\n", end - 1).unwrap_err().to_string();
         assert!(said.contains("refine.learned.end: 29 bytes for each weight of the model") && said.contains(&memory(end)), "{said}");
+    }
+
+    #[test]
+    fn writing_and_reducing_are_counted() {
+        let spec = spec();
+        let fitting = |calibrate: &str, rest: &str| {
+            fit(&recipe(16, &format!("{calibrate}\n{rest}[quantize.rtn]\n[allocate]\nbits = 4\n")), &spec, 2, u64::MAX).unwrap()
+        };
+        let all: u64 = (0..spec.layers.len()).map(|layer| layer_weights(&spec, layer)).sum();
+        let (plain, memory, disk) =
+            (fitting("", ""), fitting("sampler.temperature = {}", ""), fitting("sampler.temperature = { experts = \"disk\" }", ""));
+        // 16 texts of 2048 tokens: keys and values of all layers, beside the model.
+        assert!(memory.stage == WRITING && memory.peak > 4 * all + plain.peak.min(1), "{memory:?}");
+        assert!(disk.peak < memory.peak && disk.stage == WRITING_DISK, "{disk:?} {memory:?}");
+        let branches = fitting("sampler.ebss = { branches = 3 }", "");
+        assert!(branches.peak > 2 * memory.peak, "{branches:?}");
+        let reduced = |rest: &str| fitting("", rest);
+        let (sliced, searched) = (reduced("[prune.reap]\nkeep = 0.5\n"), reduced("[prune.exhaustive]\nkeep = 0.5\ntokens = 20000\n"));
+        assert_eq!(sliced.stage, REDUCE);
+        assert!(searched.peak - sliced.peak >= 4 * 20000 * 8 * spec.hidden as u64, "{searched:?} {sliced:?}");
+        assert!(reduced("[prune.reap]\nkeep = 0.5\n[repair.removal]\n").peak > sliced.peak);
     }
 
     #[test]

@@ -99,6 +99,18 @@ fn demonstrations_are_read_before_anything_runs() {
 }
 
 #[test]
+fn moments_are_kept_where_another_plan_can_use_them() {
+    let said = |quantizer: &str, more: &str| {
+        let text = GOOD.replace("corpus = [", "keep_moments = true\ncorpus = [").replace("[quantize.gptq]", quantizer);
+        said(&format!("{text}{more}"), None).join("\n")
+    };
+    assert_eq!(said("[quantize.gptq]", "[refine.descent]\n"), "");
+    assert!(said("[quantize.rtn]", "").contains("the quantizer uses no second moments"));
+    assert!(said("[quantize.gptq]", "[repair]\norder = \"sequential\"\n").contains("they serve this one plan alone"));
+    assert!(said("[quantize.gptq]", "[refine.learned]\n").contains("needs the tokens themselves"));
+}
+
+#[test]
 fn a_repair_of_nothing_is_refused() {
     let said = |removal: &str| said(&format!("{GOOD}[prune.easy_ep]\nkeep = 0.5\n[repair.removal]\n{removal}\n"), None).join("\n");
     assert_eq!((said(""), said("steps = 9\ndown.rounds = 0")), (String::new(), String::new()));
