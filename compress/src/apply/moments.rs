@@ -2,7 +2,7 @@
 //!
 //! `DIR/moments/layer-00003.safetensors` holds for every site that a plan has solved at `SITE:sums`, the upper triangle in the bands of
 //! [`Moment::values`], blended where the plan says so, and `SITE:seen`, the tokens behind it (8 bytes, little-endian) and whether it was
-//! blended (1 byte). `4 · K·(K + 256)/2` bytes a site of `K` inputs, for small models: Qwen3-30B-A3B takes 69 GB.
+//! blended (1 byte). `4 · K·(K + 256)/2` bytes a site of `K` inputs, for small models: Qwen3-30B-A3B takes 70 GB.
 //!
 //! A file counts as long as it is of the same model, samples, objective and experts' tokens, which its metadata say by one hash; any
 //! other is replaced.
