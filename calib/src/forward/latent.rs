@@ -6,7 +6,7 @@
 use burn::tensor::{Tensor, backend::Backend};
 
 use super::adjoint::{Adjoint, Frame, SiteRows};
-use super::attention::{Pass, attend, attend_backward};
+use super::attention::{Pass, attend, attend_backward, swapped};
 use super::linear::{Linear, Source};
 use super::norm::NormLayer;
 use crate::Result;
@@ -92,7 +92,7 @@ impl<B: Backend> LatentAttention<B> {
                 b.apply(compressed)
             }
         };
-        let y = y.reshape([samples, tokens, heads, nope_dim + rope_dim]).swap_dims(1, 2);
+        let y = swapped(y.reshape([samples, tokens, heads, nope_dim + rope_dim]));
         let turned = pass.rotary.apply(y.clone().narrow(3, nope_dim, rope_dim));
         Tensor::cat(vec![y.narrow(3, 0, nope_dim), turned], 3)
     }
@@ -105,7 +105,7 @@ impl<B: Backend> LatentAttention<B> {
         let turned = pass.rotary.apply(turned).expand([samples, heads, tokens, rope_dim]);
         let compressed = self.kv_norm.apply(both.narrow(1, 0, kv_rank));
         pass.show(Site::KvB, &compressed);
-        let y = self.kv_b.apply(compressed).reshape([samples, tokens, heads, nope_dim + value_dim]).swap_dims(1, 2);
+        let y = swapped(self.kv_b.apply(compressed).reshape([samples, tokens, heads, nope_dim + value_dim]));
         let key = Tensor::cat(vec![y.clone().narrow(3, 0, nope_dim), turned], 3);
         (key, y.narrow(3, nope_dim, value_dim))
     }
@@ -131,7 +131,7 @@ impl<B: Backend> LatentAttention<B> {
     fn queries_backward(&self, x: &Tensor<B, 2>, dy: Tensor<B, 4>, frame: &Frame<'_, B>) -> Path<B> {
         let Latent { heads, nope_dim, rope_dim, .. } = self.shape;
         let turned = frame.rotary.backward(dy.clone().narrow(3, nope_dim, rope_dim));
-        let dz = Tensor::cat(vec![dy.narrow(3, 0, nope_dim), turned], 3).swap_dims(1, 2);
+        let dz = swapped(Tensor::cat(vec![dy.narrow(3, 0, nope_dim), turned], 3));
         let dz = dz.reshape([x.dims()[0], heads * (nope_dim + rope_dim)]);
         match &self.query {
             Query::Direct(query) => Path { input: query.backward(dz.clone()), first: (Part::Query, dz), expanded: None },
@@ -148,7 +148,7 @@ impl<B: Backend> LatentAttention<B> {
         let rows = x.dims()[0];
         // The rotary key is one for all heads, so its gradient is the sum of theirs.
         let turned = frame.rotary.backward(key.clone().narrow(3, nope_dim, rope_dim).sum_dim(1)).reshape([rows, rope_dim]);
-        let dz = Tensor::cat(vec![key.narrow(3, 0, nope_dim), value], 3).swap_dims(1, 2);
+        let dz = swapped(Tensor::cat(vec![key.narrow(3, 0, nope_dim), value], 3));
         let dz = dz.reshape([rows, heads * (nope_dim + value_dim)]);
         let compressed = self.kv_a.apply(x.clone()).narrow(1, 0, kv_rank);
         let d_compressed = self.kv_norm.backward(compressed, self.kv_b.backward(dz.clone()));
