@@ -43,7 +43,9 @@ use serde::{Deserialize, Serialize};
 
 pub use output::{contents_of, write};
 pub(crate) use tokens::boxed;
+pub use work::{Gone, gone};
 
+use crate::constants::Outputs;
 use crate::objective::TokenWeights;
 use crate::plan::{Action, Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
@@ -97,6 +99,7 @@ pub fn solve(
     progress: &dyn Progress,
 ) -> Result<Outcome> {
     let layers = work::by_layer(model, plan)?;
+    let dropped = work::dropped(model, plan, dir)?;
     let solved = Solved::begin(dir, plan, layers.len())?;
     let resumed = solved.done();
     let snapshots = solved.snapshots();
@@ -110,7 +113,7 @@ pub fn solve(
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
         let weights = TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default(), &plan.end_loss);
-        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights })?;
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, dropped: &dropped, weights })?;
     } else {
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
@@ -137,6 +140,8 @@ struct Run<'a> {
     plan: &'a Plan,
     layers: &'a [Vec<Job<'a>>],
     solved: &'a Solved,
+    /// What dropped experts put out.
+    dropped: &'a Outputs,
     weights: TokenWeights,
 }
 
