@@ -8,6 +8,7 @@ pub mod allocate;
 pub mod apply;
 mod blend;
 pub mod cli;
+pub mod constants;
 pub mod dump;
 mod error;
 pub mod export;

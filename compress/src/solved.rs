@@ -439,6 +439,6 @@ impl LayerRead {
 pub fn quantized(plan: &Plan) -> impl Iterator<Item = (&str, &Quantize)> {
     plan.tensors.iter().filter_map(|(name, action)| match action {
         Action::Quantize(how) => Some((name.as_str(), how)),
-        Action::Keep | Action::Refit | Action::Drop { .. } => None,
+        Action::Keep | Action::Refit | Action::Substitute(_) | Action::Drop { .. } => None,
     })
 }

@@ -1,6 +1,7 @@
 //! Fills the sensitivity table while a layer's second moments are in memory: in the measuring pass, or in a backward pass after it.
 //!
-//! One file a layer, `sensitivity/layer-00000.json`, finished by rename, and `sensitivity.json` in the end. **Memory**, beside the
+//! One file a layer, `sensitivity/layer-00000.json`, finished by rename, and `sensitivity.json` in the end; beside it what dropped
+//! experts would put out ([`constants`](crate::constants)). **Memory**, beside the
 //! pass's own: for every site in flight a moment and its factor (`12 · K²` bytes for `K` inputs), the three matrices of its MLP in
 //! f32, and one matrix with its working copies (`16` bytes a weight).
 
@@ -24,9 +25,10 @@ use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
 use crate::allocate::sensitivity::{Entry, SCHEMA, Shared, Solver, Table, Wanted, outlier_score, row_weights, scored};
-use crate::allocate::{Choice, Cost, Fill, Matrix, pmq};
+use crate::allocate::{Choice, Cost, Fill, Matrix, drop, pmq};
 use crate::apply::boxed;
 use crate::blend::{self, LayerRows};
+use crate::constants::{self, Outputs};
 use crate::objective::Coefficients;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result};
@@ -56,6 +58,8 @@ pub struct Survey<'a> {
     /// What gate and up gave, by the site of down.
     gates: Mutex<HashMap<Site, GateSums>>,
     entries: Mutex<BTreeMap<String, Entry>>,
+    /// What the experts of the layer in flight put out on average.
+    means: Mutex<Outputs>,
     coefficients: Coefficients<'a>,
     /// Rows that entered the MLPs in flight, for the costs that run them again.
     entered: Mutex<HashMap<Site, Entered>>,
@@ -97,6 +101,7 @@ impl<'a> Survey<'a> {
             moments: Mutex::default(),
             gates: Mutex::default(),
             entries: Mutex::default(),
+            means: Mutex::default(),
             coefficients: Coefficients::new(model),
             entered: Mutex::default(),
             pmq: (pmq::Params::default(), usize::MAX),
@@ -173,7 +178,7 @@ impl<'a> Survey<'a> {
             };
             let fits = |(choice, loss): (&Choice, f64)| choice.width(job.scale).group_len(job.shape[1]).is_ok().then_some(loss);
             let solved = self.choices.iter().zip(scored(score, job.weights(), &self.choices)).map(fits).collect();
-            entries.insert(job.name.clone(), Entry { like: like(job), rounded: Vec::new(), solved });
+            entries.insert(job.name.clone(), Entry { like: like(job), rounded: Vec::new(), solved, dropped: None });
         }
         Ok(entries)
     }
@@ -220,7 +225,15 @@ impl<'a> Survey<'a> {
                 Some(epsilon) => (Vec::new(), epsilon.clone()),
                 None => outputs::output(&judge, &mlp, &entered, which, job.scale)?,
             };
-            held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved });
+            let dropped = match part {
+                Part::Expert(expert, Projection::Down) if self.cost == Cost::Output => {
+                    let (costs, mean) = outputs::dropped(&mlp, &entered, judge.unit);
+                    held(&self.means).insert((layer, expert), mean);
+                    Some(costs)
+                }
+                _ => None,
+            };
+            held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved, dropped });
         }
         Ok(())
     }
@@ -304,15 +317,24 @@ impl<'a> Survey<'a> {
         rows: impl Fn(Part) -> Option<&'r [f64]>,
     ) -> Result<()> {
         let Some(jobs) = self.jobs.get(&(layer, site)) else { return Ok(()) };
+        let first = moment.first().clone();
         let shared = Shared::new(moment.into_matrix(), &self.choices, self.solver, unit, wanted)?;
         for job in jobs {
             let w = self.model.matrix(Role::Layer(job.layer, job.part))?;
-            let (mut rounded, mut solved) = shared.losses(w.view(), rows(job.part), job.scale, wanted)?;
+            let rows_of = rows(job.part);
+            let (mut rounded, mut solved) = shared.losses(w.view(), rows_of, job.scale, wanted)?;
             // Rounded for good: no ratio of what solving makes of it.
             if wanted == Wanted::Rounded && self.wanted(site) != wanted {
                 std::mem::swap(&mut rounded, &mut solved);
             }
-            held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved });
+            let dropped = match job.part {
+                Part::Expert(expert, Projection::Down) => {
+                    held(&self.means).insert((layer, expert), drop::mean_output(w.view(), &first));
+                    Some(shared.dropped(w.view(), rows_of, &first))
+                }
+                _ => None,
+            };
+            held(&self.entries).insert(job.name.clone(), Entry { like: like(job), rounded, solved, dropped });
         }
         Ok(())
     }
@@ -376,6 +398,10 @@ impl<'a> Survey<'a> {
 
     fn put(&self, layer: usize) -> Result<()> {
         let entries = std::mem::take(&mut *held(&self.entries));
+        let means = std::mem::take(&mut *held(&self.means));
+        if !means.is_empty() {
+            constants::write(&constants::layer_path(&self.dir, layer), &means)?;
+        }
         fs_err::create_dir_all(self.dir.join("sensitivity"))?;
         let text = serde_json::to_string(&entries).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.layer_path(layer), text.as_bytes())
@@ -472,7 +498,7 @@ impl Receive for Survey<'_> {
         // Half of a sum over tokens, in nats a token.
         let unit = 0.5 / loss.tokens.max(1) as f64;
         let rows = |part| loss.outputs.iter().find(|(p, _)| *p == part).and_then(|(_, r)| r.as_slice());
-        self.judge((layer, loss.site), Moment::from_sums(loss.moment, loss.rows), unit, rows).map_err(boxed)
+        self.judge((layer, loss.site), Moment::from_sums(loss.moment, loss.first, loss.rows), unit, rows).map_err(boxed)
     }
 
     fn layer(&self, layer: usize, weights: LayerWeights) -> calib::Result<()> {

@@ -32,7 +32,8 @@ void mq_close(mq_model *model);
 int mq_layer_bind(mq_model *model, const mq_projection *gate_up, const mq_projection *down, const int32_t *expert_map, int act_type, mq_layer **layer);
 void mq_layer_free(mq_layer *layer);
 size_t mq_workspace_bytes(int tokens, int top_k, int entries);
-/* x [tokens, ldx] and out [tokens, ldo] of the bound type, 4-byte aligned; topk_ids [tokens, top_k] of 32 or 64 bits. */
+/* x [tokens, ldx] and out [tokens, ldo] of the bound type, 4-byte aligned; topk_ids [tokens, top_k] of 32 or 64 bits. An expert that stands in no
+ * table adds nothing: where `constants` of the checkpoint's config.json names one, the caller adds its mean with its weight. */
 int mq_moe_forward(mq_layer *layer, const void *x, int64_t ldx, const void *topk_ids, int ids_bits, const float *topk_weights, int top_k, void *out,
                    int64_t ldo, int tokens, void *workspace, size_t workspace_bytes, mq_stream stream);
 /* One expert's weights: gate then up [2 inner, hidden] (projection 0), or down [hidden, inner] (projection 1). */

@@ -96,13 +96,14 @@ class Entry:
 
 
 class Arena(torch.nn.Module):
-    """An arena with its table, as buffers. `shape` is [out, in] of each matrix in it; `experts`, if known, how many the model has."""
+    """An arena with its table, as buffers. `shape` is [out, in] of each matrix in it; `experts`, if known, how many the model has, `dropped`
+    those of them that put out constants instead and lie in no arena."""
 
-    def __init__(self, arena, table, shape, experts=None):
+    def __init__(self, arena, table, shape, experts=None, dropped=()):
         super().__init__()
         self.register_buffer("arena", arena)
         self.register_buffer("table", table)
-        self.shape, self.experts, self._entries = tuple(shape), experts, None
+        self.shape, self.experts, self.dropped, self._entries = tuple(shape), experts, dropped, None
 
     @property
     def entries(self):
@@ -114,9 +115,9 @@ class Arena(torch.nn.Module):
 
     def check(self, name):
         """Raises if the table leaves an expert out, points outside the arena, or is of another shape."""
-        wanted = range(1 if self.experts is None else self.experts)
-        if sorted(self.entries) != list(wanted):
-            raise ValueError(f"{name}: the table holds experts {sorted(self.entries)[:8]}, the model has {len(wanted)}")
+        wanted = [e for e in range(1 if self.experts is None else self.experts) if e not in self.dropped]
+        if sorted(self.entries) != wanted:
+            raise ValueError(f"{name}: the table holds experts {sorted(self.entries)[:8]}, the model has {len(wanted)} beside those that are dropped")
         for e in self.entries.values():
             rows = self.shape[0] * (2 if e.flags & GATE_UP else 1)
             if (e.n_tiles, e.k_tiles) != (-(-rows // 64), -(-self.shape[1] // 128)):
@@ -162,16 +163,21 @@ class Arena(torch.nn.Module):
         return [w[:outputs, :inputs]]
 
 
-def experts_forward(arenas, act, hidden_states, top_k_index, top_k_weights):
+def experts_forward(arenas, act, hidden_states, top_k_index, top_k_weights, dropped=(), mean=None):
     """What routed experts say: `arenas` maps gate_up and down, or gate, up and down, to an `Arena`; the rest is as transformers 5 has it.
 
-    An expert is decoded when a token asks for it, and forgotten.
+    An expert is decoded when a token asks for it, and forgotten. Experts in the list `dropped` put out their row of `mean`
+    [dropped, hidden], or nothing without it; the router chooses them as before.
     """
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     top_k_index, top_k_weights = top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1)
     out = torch.zeros_like(x)
     for expert in top_k_index.unique().tolist():
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+        if expert in dropped:
+            if mean is not None:
+                out.index_add_(0, token, mean[dropped.index(expert)].to(x.dtype) * top_k_weights[token, slot, None].to(x.dtype))
+            continue
         both = arenas["gate_up"].weights(expert) if "gate_up" in arenas else [arenas[p].weights(expert)[0] for p in ("gate", "up")]
         gate, up, down = (w.to(x.dtype) for w in (*both, arenas["down"].weights(expert)[0]))
         rows = x[token]

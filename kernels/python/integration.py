@@ -20,11 +20,12 @@ STREAM = ".weight_packed"
 
 
 class MoepressConfig(QuantizationConfigMixin):
-    """`quantization_config` of a native checkpoint. `arenas` maps an arena's name to what lies in it, `linear` is compressed-tensors' own."""
+    """`quantization_config` of a native checkpoint. `arenas` maps an arena's name to what lies in it, `constants` the
+    name of a block of experts to those that are dropped, `linear` is compressed-tensors' own."""
 
-    def __init__(self, layout=None, version=None, arenas=None, linear=None, format="native", quant_method=METHOD):
+    def __init__(self, layout=None, version=None, arenas=None, linear=None, constants=None, format="native", quant_method=METHOD):
         self.quant_method, self.format, self.layout, self.version = quant_method, format, layout, version
-        self.arenas, self.linear = arenas or {}, linear or {}
+        self.arenas, self.linear, self.constants = arenas or {}, linear or {}, constants or {}
         if (format, layout, version) != ("native", LAYOUT, VERSION):
             raise ValueError(f"format {format!r}, layout {layout!r}, version {version!r}; this package reads 'native', {LAYOUT!r}, {VERSION}")
 
@@ -70,6 +71,8 @@ class MoepressQuantizer(HfQuantizer):
                 blocks.setdefault(renamed(block), {})[projection] = arena
         for block, arenas in blocks.items():
             swap_experts(model, block, arenas)
+        for block, said in self.quantization_config.constants.items():
+            drop_experts(model, renamed(block), said, found.get(f"{block}.mean"))
         for name in [name.removesuffix(STREAM) for name in found if name.endswith(STREAM)]:
             parts = {part.removeprefix(f"{name}."): empty for part, empty in found.items() if part.startswith(f"{name}.weight_")}
             self.stand_in(model, renamed(name), Streams(parts))
@@ -175,12 +178,33 @@ def swap_experts(model, name, arenas):
     module._is_hf_initialized = True
 
 
+def drop_experts(model, name, said, mean):
+    """Constants in the place of some experts of a module whose others lie in arenas."""
+    module = submodule(model, name)
+    if module is None:
+        return
+    if not isinstance(getattr(module, "down", None), Arena):
+        raise ValueError(f"{name}: config.json drops experts of it, and none of its others lie in arenas")
+    experts, hidden = said["experts"], module.down.shape[0]
+    if said["output"] not in ("zero", "mean") or not all(0 <= expert < module.down.experts for expert in experts):
+        raise ValueError(f"{name}: config.json drops the experts {experts} for {said['output']!r}; this package knows 'mean' and 'zero'")
+    if said["output"] == "mean":
+        if mean is None or tuple(mean.shape) != (len(experts), hidden):
+            raise ValueError(f"{name}.mean is {'missing' if mean is None else tuple(mean.shape)}; {len(experts)} experts put out {hidden} channels")
+        module.register_buffer("mean", mean)
+    module.dropped = list(experts)
+    for arena in module.children():
+        if isinstance(arena, Arena):
+            arena.dropped = tuple(experts)
+
+
 def mq_moe(module, hidden_states, top_k_index, top_k_weights):
     """`experts_implementation = "mq_moe"`: an experts module whose matrices lie in arenas."""
     arenas = {name: child for name, child in module.named_children() if isinstance(child, Arena)}
     if not arenas:
         raise ValueError(f"experts_implementation={EXPERTS!r} wants packed experts, and {type(module).__name__} has none; load a native checkpoint")
-    return experts_forward(arenas, module.act_fn, hidden_states, top_k_index, top_k_weights)
+    constants = getattr(module, "dropped", ()), getattr(module, "mean", None)
+    return experts_forward(arenas, module.act_fn, hidden_states, top_k_index, top_k_weights, *constants)
 
 
 def register():

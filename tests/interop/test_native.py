@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import EXACT, distance
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parents[1]
@@ -57,6 +58,22 @@ def exported(moepress, work: Path, model: Path, **settings) -> Path:
     return out
 
 
+def drop(folder: Path, output: str):
+    """Two experts of every layer, whose means a seed gives."""
+    path = folder / "moepress/plan.json"
+    said, means = json.loads(path.read_text()), {}
+    for name in said["tensors"]:
+        layer, _, rest = name.removeprefix("model.layers.").partition(".mlp.experts.")
+        if rest.split(".")[0] in ("1", "6"):
+            said["tensors"][name] = {"substitute": output}
+            means[f"{layer}.{rest.split('.')[0]}"] = None
+    path.write_text(json.dumps(said))
+    hidden = json.loads((MODEL / "config.json").read_text())["hidden_size"]
+    seed = torch.Generator().manual_seed(7)
+    means = {name: torch.randn(hidden, generator=seed) * 0.3 for name in means}
+    save_file(means, path.with_name("dropped.safetensors"), metadata={"moepress": "constants"})
+
+
 @pytest.fixture(scope="module", params=[1, 3, "mixed"])
 def native(request, moepress, tmp_path_factory):
     return exported(moepress, tmp_path_factory.mktemp(f"native{request.param}"), MODEL, bits=request.param, group=128, grid="half")
@@ -85,6 +102,23 @@ def test_logits_are_those_of_the_program(native, package, ids, ours, theirs):
     print(f"{apart:.1e}")
     assert apart <= EXACT
     assert distance(package.load(native)(ids).logits, expected) <= EXACT
+
+
+@FIVE
+@pytest.mark.parametrize("output", ["mean", "zero"])
+def test_dropped_experts_put_out_what_the_program_says(output, moepress, ours, theirs, ids, tmp_path):
+    folder = exported(moepress, tmp_path, MODEL, bits=4, group=128, grid="sym")
+    whole = ours(folder, ids)["logits"]
+    shutil.rmtree(folder)
+    moepress("plan", tmp_path / "recipe.toml")
+    drop(folder, output)
+    moepress("apply", tmp_path / "recipe.toml")
+    moepress("emit", folder)
+    package = imported(folder)
+    expected = ours(folder, ids)["logits"]
+    assert distance(whole, expected) > 0.01, "dropping two experts of each layer shows"
+    assert distance(theirs(folder, ids), expected) <= EXACT
+    assert distance(package.load(folder)(ids).logits, expected) <= EXACT
 
 
 @FIVE

@@ -82,8 +82,8 @@ impl<B: Backend> Sink<B> for Sums<'_> {
         let SiteSums { moment, v, tokens, squares } = self.take(layer, site);
         let outputs = normalized(squares);
         if let Some(moment) = moment {
-            let rows = moment.tokens();
-            let loss = SiteLoss { site, moment: moment.into_matrix(), rows, outputs: outputs.clone(), tokens: self.tokens };
+            let (rows, first) = (moment.tokens(), moment.first().clone());
+            let loss = SiteLoss { site, moment: moment.into_matrix(), first, rows, outputs: outputs.clone(), tokens: self.tokens };
             self.receiver.site(layer, loss)?;
         }
         self.done.lock().unwrap_or_else(PoisonError::into_inner).insert(site, SiteWeights { v, tokens, outputs });

@@ -16,6 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
+use super::moment::First;
 use super::store::{site_of, write_whole};
 use crate::arch::{Part, Projection, Site};
 use crate::forward::Routed;
@@ -28,6 +29,8 @@ pub struct SiteLoss {
     pub site: Site,
     /// `H = Σ_t v_t x_t x_tᵀ`, `[in, in]`.
     pub moment: Array2<f32>,
+    /// `Σ_t v_t x_t` and `Σ_t v_t`.
+    pub first: First,
     /// Rows that entered.
     pub rows: u64,
     /// `r` of each matrix, `[out]`; its mean over all of them is 1.
@@ -264,7 +267,8 @@ mod tests {
         // ΔW = (1, 2; 0, −1), H = (2, 1; 1, 3): row 0: 2 + 2·1·2 + 4·3 = 18, row 1: 3. With r = (½, 1½) over 3 tokens:
         // ½ (9 + 4½) / 3 = 2¼.
         let outputs = vec![(Part::Output, array![0.5, 1.5])];
-        let site = SiteLoss { site: Site::AttentionOut, moment: array![[2.0, 1.0], [1.0, 3.0]], rows: 9, outputs, tokens: 3 };
+        let (moment, first) = (array![[2.0, 1.0], [1.0, 3.0]], First::default());
+        let site = SiteLoss { site: Site::AttentionOut, moment, first, rows: 9, outputs, tokens: 3 };
         let delta = array![[1.0, 2.0], [0.0, -1.0]];
         assert_eq!(site.cost(Part::Output, delta.view()), Some(2.25));
         assert_eq!(site.cost(Part::Query, delta.view()), None);

@@ -33,7 +33,7 @@ pub use block::{BlockSums, cosine};
 pub use channels::ChannelSums;
 pub use coverage::Coverage;
 pub use gates::GateSums;
-pub use moment::Moment;
+pub use moment::{First, Moment};
 pub use outputs::{OutputChunk, OutputSums};
 pub use router::{RouterSums, imbalance};
 pub use similarity::Similarity;

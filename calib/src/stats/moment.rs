@@ -1,7 +1,8 @@
 //! Second moments `Σ v x xᵀ` of what enters a site: the Hessian that solvers work with.
 //!
 //! A sum over tokens, not a mean, in f32; only the upper triangle is computed and kept. Too large to be a file (one of each expert of
-//! Qwen3-30B: 59 GB), so it is made, used and dropped within a layer.
+//! Qwen3-30B: 59 GB), so it is made, used and dropped within a layer. `Σ v x` and `Σ v` come along: the moment about the mean is what a
+//! constant in the place of a linear function of `x` loses.
 
 use ndarray::{Array2, ArrayView2};
 
@@ -13,22 +14,61 @@ use crate::linalg::Triangle;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moment {
     sums: Triangle,
+    first: First,
     tokens: u64,
+}
+
+/// `Σ v x` and `Σ v` over the tokens that entered one site.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct First {
+    /// `Σ v x`, `[width]`.
+    pub sums: Vec<f64>,
+    /// `Σ v`.
+    pub weight: f64,
+}
+
+impl First {
+    /// `Σ v x / Σ v`, `[width]`; zeros where nothing was seen.
+    pub fn mean(&self) -> Vec<f64> {
+        let weight = if self.weight > 0.0 { self.weight } else { 1.0 };
+        self.sums.iter().map(|sum| sum / weight).collect()
+    }
+
+    fn add(&mut self, rows: ArrayView2<'_, f32>, weights: Option<&[f32]>) {
+        for (index, row) in rows.rows().into_iter().enumerate() {
+            let v = weights.map_or(1.0, |weights| f64::from(weights[index]));
+            self.weight += v;
+            self.sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += v * f64::from(x));
+        }
+    }
+
+    fn scale(&mut self, by: f64) {
+        self.weight *= by;
+        self.sums.iter_mut().for_each(|sum| *sum *= by);
+    }
+
+    /// `own · self + with · other`.
+    fn combine(&mut self, own: f64, other: &Self, with: f64) {
+        self.scale(own);
+        self.weight += with * other.weight;
+        self.sums.iter_mut().zip(&other.sums).for_each(|(sum, other)| *sum += with * other);
+    }
 }
 
 impl Moment {
     /// Nothing seen.
     pub fn new(width: usize) -> Self {
-        Self { sums: Triangle::new(width), tokens: 0 }
+        Self { sums: Triangle::new(width), first: First { sums: vec![0.0; width], weight: 0.0 }, tokens: 0 }
     }
 
-    /// From the sums over `tokens` tokens, `[width, width]`, of which the upper triangle is read.
+    /// From the sums over `tokens` tokens, `[width, width]`, of which the upper triangle is read, and `Σ v x`, `[width]`.
     ///
     /// # Panics
     ///
-    /// If they are not square.
-    pub fn from_sums(sums: Array2<f32>, tokens: u64) -> Self {
-        Self { sums: Triangle::of(sums.view()), tokens }
+    /// If they are not square, or not of one width.
+    pub fn from_sums(sums: Array2<f32>, first: First, tokens: u64) -> Self {
+        assert_eq!(sums.ncols(), first.sums.len(), "inputs of a second moment");
+        Self { sums: Triangle::of(sums.view()), first, tokens }
     }
 
     /// Values that are kept of a moment of this width: a little more than half of its square.
@@ -41,9 +81,9 @@ impl Moment {
         self.sums.values()
     }
 
-    /// From [`Moment::values`] over `tokens` tokens; `None` if they are not as many as a moment of this width keeps.
-    pub fn from_values(width: usize, tokens: u64, values: Vec<f32>) -> Option<Self> {
-        Some(Self { sums: Triangle::from_values(width, values)?, tokens })
+    /// From [`Moment::values`] and [`Moment::first`] over `tokens` tokens; `None` if they are not as many as a moment of this width keeps.
+    pub fn from_values(width: usize, tokens: u64, values: Vec<f32>, first: First) -> Option<Self> {
+        (first.sums.len() == width).then_some(Self { sums: Triangle::from_values(width, values)?, first, tokens })
     }
 
     /// Adds rows `[rows, width]`; `weights` is each row's `v`, `[rows]`, not negative; `None`: 1 each.
@@ -54,6 +94,7 @@ impl Moment {
     pub fn add(&mut self, rows: ArrayView2<'_, f32>, weights: Option<&[f32]>) {
         assert_eq!(rows.ncols(), self.width(), "inputs of a second moment");
         self.tokens += rows.nrows() as u64;
+        self.first.add(rows, weights);
         match weights {
             None => self.sums.add_gram(rows),
             Some(weights) => {
@@ -88,6 +129,7 @@ impl Moment {
         same("input channels", self.width(), other.width())?;
         self.tokens += other.tokens;
         self.sums.combine(1.0, &other.sums, 1.0);
+        self.first.combine(1.0, &other.first, 1.0);
         Ok(())
     }
 
@@ -106,12 +148,19 @@ impl Moment {
             (false, _) => (0.0, 1.0 / other.tokens.max(1) as f32),
         };
         self.sums.combine(keep, &other.sums, take);
+        self.first.combine(f64::from(keep), &other.first, f64::from(take));
         Ok(())
     }
 
     /// Multiplies it, as if every token's weight were so much more.
     pub fn scale(&mut self, by: f32) {
         self.sums.scale(by);
+        self.first.scale(f64::from(by));
+    }
+
+    /// `Σ v x` and `Σ v`.
+    pub fn first(&self) -> &First {
+        &self.first
     }
 
     /// The whole symmetric matrix, `[width, width]`.
@@ -139,8 +188,8 @@ mod tests {
         weighted.add(rows.view(), Some(&[4.0, 0.0]));
         assert_eq!(weighted.clone().into_matrix(), array![[4.0, 8.0], [8.0, 16.0]]);
         moment.merge(&weighted).unwrap();
-        assert_eq!(Moment::from_values(2, 4, moment.values().to_vec()).as_ref(), Some(&moment));
-        assert_eq!((Moment::stored(2), Moment::from_values(3, 4, moment.values().to_vec())), (4, None));
+        let of = |width| Moment::from_values(width, 4, moment.values().to_vec(), moment.first().clone());
+        assert_eq!((of(2).as_ref(), of(3), Moment::stored(2)), (Some(&moment), None, 4));
         assert_eq!(moment.tokens(), 4);
         assert_eq!(moment.into_matrix(), array![[14.0, 7.0], [7.0, 21.0]]);
         assert!(weighted.merge(&Moment::new(3)).is_err());
@@ -167,6 +216,26 @@ mod tests {
         alone.blend(&Moment::new(2)).unwrap();
         assert_eq!(alone.trace(), 4.0);
         assert!(alone.blend(&Moment::new(3)).is_err());
+    }
+
+    #[test]
+    fn the_mean_comes_along() {
+        // Weights 1 and 3: (1 + 9, 2 − 3) / 4.
+        let rows = array![[1.0_f32, 2.0], [3.0, -1.0]];
+        let mut moment = Moment::new(2);
+        moment.add(rows.view(), Some(&[1.0, 3.0]));
+        assert_eq!(moment.first(), &First { sums: vec![10.0, -1.0], weight: 4.0 });
+        assert_eq!(moment.first().mean(), [2.5, -0.25]);
+        moment.scale(2.0);
+        assert_eq!(moment.first().mean(), [2.5, -0.25]);
+        let read = Moment::from_sums(moment.clone().into_matrix(), moment.first().clone(), 2);
+        assert_eq!(read, moment);
+        // Half of each at the trace of the first, 2 · (5 + 30): the other counts 70 / 2 a row.
+        let mut other = Moment::new(2);
+        other.add(array![[1.0_f32, 0.0], [0.0, 1.0]].view(), None);
+        moment.blend(&other).unwrap();
+        assert_eq!(moment.first(), &First { sums: vec![0.5 * 20.0 + 17.5, 0.5 * -2.0 + 17.5], weight: 0.5 * 8.0 + 35.0 });
+        assert_eq!(Moment::new(2).first().mean(), [0.0, 0.0]);
     }
 
     #[test]

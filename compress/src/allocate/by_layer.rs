@@ -20,13 +20,13 @@ use super::program;
 /// [`Undecided`].
 pub fn decide(case: &Case<'_>, bytes: u64, rules: &Constraints, params: &Params) -> Result<Decision, Undecided> {
     let mut layers: BTreeMap<usize, BTreeMap<usize, Vec<usize>>> = BTreeMap::new();
-    let (mut chosen, mut spent) = (vec![0; case.matrices.len()], 0);
+    let (mut chosen, mut spent) = (vec![None; case.matrices.len()], 0);
     for (m, matrix) in case.matrices.iter().enumerate() {
         if let Part::Expert(expert, _) = matrix.part {
             layers.entry(matrix.layer).or_default().entry(expert).or_default().push(m);
         } else {
             let (open, options) = of_classes(case, rules, &[vec![m]])?;
-            chosen[m] = open[0][0];
+            chosen[m] = Some(open[0][0]);
             spent += options[0][0].bytes;
         }
     }
@@ -48,7 +48,7 @@ pub fn decide(case: &Case<'_>, bytes: u64, rules: &Constraints, params: &Params)
             least: options.iter().map(|o| o.iter().map(|o| o.bytes).min().unwrap_or(0)).sum(),
         })?;
         for ((class, options), (open, &option)) in classes.iter().zip(&options).zip(open.iter().zip(&options_of)) {
-            class.iter().for_each(|&m| chosen[m] = open[option]);
+            class.iter().for_each(|&m| chosen[m] = Some(open[option]));
             spent += options[option].bytes;
             loss += options[option].loss;
         }
@@ -75,6 +75,8 @@ pub fn decide(case: &Case<'_>, bytes: u64, rules: &Constraints, params: &Params)
         proven: true,
         loss_free: other((0..case.matrices.len()).map(|m| vec![m]).collect())?,
         loss_native: other(Constraints { runtime: Some(Runtime::Native), ..*rules }.classes(case.matrices))?,
+        dropped: None,
+        loss_whole: None,
         beside: Vec::new(),
     };
     Ok(Decision { chosen, account })
@@ -106,12 +108,12 @@ mod tests {
         let loss = |m: &Matrix| [9.0, 5.0, 1.0].map(|loss| if m.layer == 0 { loss * 100.0 } else { loss }).to_vec();
         let matrices = matrices();
         let losses: Vec<Vec<f64>> = matrices.iter().map(loss).collect();
-        let case = Case { matrices: &matrices, choices: &choices, losses: &losses, cost: "pmq" };
+        let case = Case { matrices: &matrices, choices: &choices, losses: &losses, cost: "pmq", droppable: &[] };
         let rules = Constraints::default();
         // 4 · 128 weights take 64 bytes a bit and 8 of scales; 6 bits over three experts of two matrices.
         let bytes = 2 * (2 * 6 * 64 + 6 * 8);
         let with = decide(&case, bytes, &rules, &Params::default()).unwrap();
-        let bits = |found: &Decision| -> Vec<u8> { found.chosen.iter().step_by(2).map(|&o| choices[o].bits).collect() };
+        let bits = |found: &Decision| -> Vec<u8> { found.chosen.iter().step_by(2).map(|o| choices[o.unwrap()].bits).collect() };
         let mut first = bits(&with)[..3].to_vec();
         first.sort_unstable();
         assert_eq!((first, with.account.bytes), (vec![1, 2, 3], bytes));

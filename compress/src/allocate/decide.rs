@@ -3,15 +3,17 @@
 use serde::{Deserialize, Serialize};
 
 use super::constraints::{Constraints, Matrix, Runtime};
+use super::drop::Droppable;
 use super::knobs::Choice;
 use super::program::{self, Allocation};
 use super::several;
+use super::ways::{Unit, Way, units};
 
 /// A width for every matrix, and what it is worth.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
-    /// Index into the choices, `[matrices]`.
-    pub chosen: Vec<usize>,
+    /// Index into the choices, `[matrices]`; `None`: its expert is dropped.
+    pub chosen: Vec<Option<usize>>,
     /// How it was found.
     pub account: Account,
 }
@@ -43,6 +45,12 @@ pub struct Account {
     pub loss_free: f64,
     /// Predicted loss with the ties of `native` instead, under the same limits and budget.
     pub loss_native: f64,
+    /// Experts that were dropped, where any may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropped: Option<usize>,
+    /// Predicted loss where no expert may be dropped, within the same budgets, if any may be and the budgets can be met so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_whole: Option<f64>,
     /// Budgets beside that of all bytes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub beside: Vec<Spent>,
@@ -87,6 +95,8 @@ pub struct Budget {
     pub most: f64,
     /// What each choice of each matrix takes of it, `[matrices][choices]`.
     pub takes: Vec<Vec<f64>>,
+    /// What each expert that may be dropped takes of it then, `[droppable]`.
+    pub takes_dropped: Vec<f64>,
 }
 
 impl Account {
@@ -162,6 +172,20 @@ pub enum Undecided {
         /// Its loss.
         loss: f64,
     },
+    /// A loss of dropping an expert that is no number.
+    #[error("{name}: the predicted loss of dropping its expert is {loss}; an activation overflowed in the calibration pass")]
+    Dropping {
+        /// The first matrix of the expert.
+        name: String,
+        /// The loss.
+        loss: f64,
+    },
+    /// What the program says of its classes.
+    #[error(transparent)]
+    Program(program::Infeasible),
+    /// The same with several budgets.
+    #[error(transparent)]
+    Several(several::Infeasible),
 }
 
 fn listed(lines: &[String]) -> String {
@@ -183,6 +207,8 @@ pub struct Case<'a> {
     pub losses: &'a [Vec<f64>],
     /// The unit of the losses.
     pub cost: &'a str,
+    /// Experts that may be dropped.
+    pub droppable: &'a [Droppable],
 }
 
 /// Chooses a width for every matrix with the least total loss within the budgets.
@@ -198,6 +224,17 @@ pub fn decide(case: &Case<'_>, budgets: &Budgets, rules: &Constraints) -> Result
     };
     let loss_free = other((0..case.matrices.len()).map(|i| vec![i]).collect())?;
     let loss_native = other(Constraints { runtime: Some(Runtime::Native), ..*rules }.classes(case.matrices))?;
+    let loss_whole = if case.droppable.is_empty() {
+        None
+    } else {
+        match solve(&Case { droppable: &[], ..*case }, budgets, rules, &tied) {
+            Ok(found) => Some(found.loss),
+            Err(Undecided::Budget { .. } | Undecided::Beside { .. } | Undecided::Together { .. }) => None,
+            Err(why) => return Err(why),
+        }
+    };
+    let gone = |droppable: &&Droppable| droppable.members.iter().all(|&m| found.chosen[m].is_none());
+    let dropped = (!case.droppable.is_empty()).then(|| case.droppable.iter().filter(gone).count());
     let spent = |(budget, (&spent, &price)): (&Budget, (&f64, &f64))| Spent { what: budget.what.clone(), most: budget.most, spent, price };
     let account = Account {
         cost: case.cost.to_owned(),
@@ -211,6 +248,8 @@ pub fn decide(case: &Case<'_>, budgets: &Budgets, rules: &Constraints) -> Result
         proven: found.proven,
         loss_free,
         loss_native,
+        dropped,
+        loss_whole,
         beside: budgets.beside.iter().zip(found.beside.iter().zip(&found.prices)).map(spent).collect(),
     };
     Ok(Decision { chosen: found.chosen, account })
@@ -219,7 +258,7 @@ pub fn decide(case: &Case<'_>, budgets: &Budgets, rules: &Constraints) -> Result
 /// One option per class.
 struct Found {
     /// `[matrices]`.
-    chosen: Vec<usize>,
+    chosen: Vec<Option<usize>>,
     bytes: u64,
     loss: f64,
     bound: f64,
@@ -259,60 +298,69 @@ pub(super) fn of_classes(
 
 fn solve(case: &Case<'_>, budgets: &Budgets, rules: &Constraints, classes: &[Vec<usize>]) -> Result<Found, Undecided> {
     let (options, program) = of_classes(case, rules, classes)?;
-    let loss_of = |class: usize, option: usize, loss: f64| Undecided::Loss {
-        name: case.matrices[classes[class][0]].name.clone(),
-        choice: case.choices[options[class][option]],
-        loss,
-    };
-    let mut found = if budgets.beside.is_empty() {
-        let Allocation { chosen, bytes, loss, bound, price, proven } =
-            program::solve(&program, budgets.bytes).map_err(|why| match why {
-                program::Infeasible::Budget { budget, least } => {
-                    Undecided::Budget { budget, least, weights: case.matrices.iter().map(Matrix::weights).sum() }
-                }
-                // `open` has refused such a class.
-                program::Infeasible::NoOption { class } => {
-                    let name = case.matrices[classes[class][0]].name.clone();
-                    Undecided::NoChoice { name, tied: classes[class].len() - 1, objections: Vec::new() }
-                }
-                program::Infeasible::Loss { class, option, loss } => loss_of(class, option, loss),
-            })?;
-        Found { chosen, bytes, loss, bound, price, proven, beside: Vec::new(), prices: Vec::new() }
-    } else {
-        let beside = |members: &[usize], o: usize| -> Vec<f64> {
-            budgets.beside.iter().map(|b| members.iter().map(|&m| b.takes[m][o]).sum()).collect()
-        };
-        let of = |(members, (open, program)): (&Vec<usize>, (&Vec<usize>, &Vec<program::Choice>))| {
-            let choice = |(&o, whole): (&usize, &program::Choice)| several::Choice {
-                loss: whole.loss,
-                takes: std::iter::once(whole.bytes as f64).chain(beside(members, o)).collect(),
-            };
-            open.iter().zip(program).map(choice).collect()
-        };
-        let classes: Vec<Vec<several::Choice>> = classes.iter().zip(options.iter().zip(&program)).map(of).collect();
-        several(case, budgets, &classes, &loss_of)?
-    };
-    let of_classes = std::mem::replace(&mut found.chosen, vec![0; case.matrices.len()]);
-    for ((members, open), &option) in classes.iter().zip(&options).zip(&of_classes) {
-        members.iter().for_each(|&m| found.chosen[m] = open[option]);
+    finite(case, classes, (&options, &program))?;
+    let units = units(case, budgets, classes, (&options, &program));
+    let answer = if budgets.beside.is_empty() { alone(case, budgets, &units)? } else { several(case, budgets, &units)? };
+    let mut chosen = vec![None; case.matrices.len()];
+    for (unit, &way) in units.iter().zip(&answer.ways) {
+        let Some(picks) = &unit.ways[way].picks else { continue };
+        for (&class, &option) in unit.classes.iter().zip(picks) {
+            classes[class].iter().for_each(|&m| chosen[m] = Some(options[class][option]));
+        }
     }
-    Ok(found)
+    Ok(Found { chosen, ..answer.found })
+}
+
+/// Refuses a loss that is no number, by name.
+fn finite(case: &Case<'_>, classes: &[Vec<usize>], (options, program): (&[Vec<usize>], &[Vec<program::Choice>])) -> Result<(), Undecided> {
+    for (members, (open, choices)) in classes.iter().zip(options.iter().zip(program)) {
+        if let Some((&o, choice)) = open.iter().zip(choices).find(|(_, choice)| !choice.loss.is_finite()) {
+            return Err(Undecided::Loss { name: case.matrices[members[0]].name.clone(), choice: case.choices[o], loss: choice.loss });
+        }
+    }
+    match case.droppable.iter().find(|droppable| !droppable.loss.is_finite()) {
+        Some(Droppable { members, loss, .. }) => Err(Undecided::Dropping { name: case.matrices[members[0]].name.clone(), loss: *loss }),
+        None => Ok(()),
+    }
+}
+
+/// A way for every unit, `[units]`, and what it comes to; what is chosen for the matrices is not said yet.
+struct Answer {
+    ways: Vec<usize>,
+    found: Found,
+}
+
+fn weights(case: &Case<'_>) -> u64 {
+    case.matrices.iter().map(Matrix::weights).sum()
+}
+
+/// With bytes as the only budget.
+fn alone(case: &Case<'_>, budgets: &Budgets, units: &[Unit]) -> Result<Answer, Undecided> {
+    let choice = |way: &Way| program::Choice { bytes: way.bytes, loss: way.loss };
+    let program: Vec<Vec<program::Choice>> = units.iter().map(|unit| unit.ways.iter().map(choice).collect()).collect();
+    let Allocation { chosen: ways, bytes, loss, bound, price, proven } =
+        program::solve(&program, budgets.bytes).map_err(|why| match why {
+            program::Infeasible::Budget { budget, least } => Undecided::Budget { budget, least, weights: weights(case) },
+            // `open` has refused a class without options, `finite` a loss that is no number.
+            other => Undecided::Program(other),
+        })?;
+    Ok(Answer { ways, found: Found { chosen: Vec::new(), bytes, loss, bound, price, proven, beside: Vec::new(), prices: Vec::new() } })
 }
 
 /// With budgets beside the bytes.
-fn several(
-    case: &Case<'_>,
-    budgets: &Budgets,
-    classes: &[Vec<several::Choice>],
-    loss_of: &dyn Fn(usize, usize, f64) -> Undecided,
-) -> Result<Found, Undecided> {
+fn several(case: &Case<'_>, budgets: &Budgets, units: &[Unit]) -> Result<Answer, Undecided> {
+    let choice = |way: &Way| several::Choice {
+        loss: way.loss,
+        takes: std::iter::once(way.bytes as f64).chain(way.beside.iter().copied()).collect(),
+    };
+    let classes: Vec<Vec<several::Choice>> = units.iter().map(|unit| unit.ways.iter().map(choice).collect()).collect();
     // No budget of bytes is one that nothing reaches.
     let largest = |options: &Vec<several::Choice>| options.iter().map(|o| o.takes[0]).fold(0.0, f64::max);
     let bytes = (budgets.bytes as f64).min(classes.iter().map(largest).sum::<f64>());
     let most: Vec<f64> = std::iter::once(bytes).chain(budgets.beside.iter().map(|b| b.most)).collect();
-    let answer = several::solve(classes, &most).map_err(|why| match why {
+    let answer = several::solve(&classes, &most).map_err(|why| match why {
         several::Infeasible::Budget { budget: 0, least, .. } => {
-            Undecided::Budget { budget: budgets.bytes, least: least as u64, weights: case.matrices.iter().map(Matrix::weights).sum() }
+            Undecided::Budget { budget: budgets.bytes, least: least as u64, weights: weights(case) }
         }
         several::Infeasible::Budget { budget, most, least } => {
             Undecided::Beside { what: budgets.beside[budget - 1].what.clone(), most, least }
@@ -320,10 +368,11 @@ fn several(
         several::Infeasible::Together => Undecided::Together {
             what: std::iter::once("allocate's bytes".to_owned()).chain(budgets.beside.iter().map(|b| b.what.clone())).collect(),
         },
-        several::Infeasible::Loss { class, option, loss } => loss_of(class, option, loss),
+        // `finite` has refused it.
+        other @ several::Infeasible::Loss { .. } => Undecided::Several(other),
     })?;
-    Ok(Found {
-        chosen: answer.chosen,
+    let found = Found {
+        chosen: Vec::new(),
         bytes: answer.takes[0].round() as u64,
         loss: answer.loss,
         bound: answer.bound,
@@ -331,7 +380,8 @@ fn several(
         proven: answer.loss <= answer.bound,
         beside: answer.takes[1..].to_vec(),
         prices: answer.prices[1..].to_vec(),
-    })
+    };
+    Ok(Answer { ways: answer.chosen, found })
 }
 
 #[cfg(test)]
@@ -361,8 +411,13 @@ mod tests {
         vec![vec![9.0, 1.0], vec![1.0, 0.5], vec![2.0, 0.5], vec![7.0, 1.0]]
     }
 
+    /// Of a decision that drops nothing.
+    fn picks(found: &Decision) -> Vec<usize> {
+        found.chosen.iter().map(|choice| choice.unwrap()).collect()
+    }
+
     fn run(budget: u64, rules: &Constraints) -> Result<Decision, Undecided> {
-        let case = Case { matrices: &matrices(), choices: &CHOICES, losses: &losses(), cost: "c" };
+        let case = Case { matrices: &matrices(), choices: &CHOICES, losses: &losses(), cost: "c", droppable: &[] };
         decide(&case, &Budgets::of(budget), rules)
     }
 
@@ -370,11 +425,12 @@ mod tests {
     fn a_device_of_its_own_holds_a_layer_down() {
         // Layer 0 may take its two smallest widths and nothing more; the bytes go to layer 1.
         let layer = |m: &Matrix| CHOICES.iter().map(|c| if m.layer == 0 { m.bytes(c) as f64 } else { 0.0 }).collect();
-        let beside = Budget { what: "bytes of layer 0".into(), most: 150.0, takes: matrices().iter().map(layer).collect() };
+        let beside =
+            Budget { what: "bytes of layer 0".into(), most: 150.0, takes: matrices().iter().map(layer).collect(), takes_dropped: vec![] };
         let budgets = Budgets { bytes: 2 * 68 + 2 * 132, beside: vec![beside] };
-        let case = Case { matrices: &matrices(), choices: &CHOICES, losses: &losses(), cost: "c" };
+        let case = Case { matrices: &matrices(), choices: &CHOICES, losses: &losses(), cost: "c", droppable: &[] };
         let found = decide(&case, &budgets, &Constraints::default()).unwrap();
-        assert_eq!((found.chosen, found.account.loss), (vec![0, 0, 1, 1], 9.0 + 1.0 + 0.5 + 1.0));
+        assert_eq!((picks(&found), found.account.loss), (vec![0, 0, 1, 1], 9.0 + 1.0 + 0.5 + 1.0));
         let Spent { what, spent, price, .. } = &found.account.beside[0];
         assert_eq!((what.as_str(), *spent), ("bytes of layer 0", 136.0));
         // 64 bytes more let expert 0 of layer 0 save 8, and are taken from expert 0 of layer 1, which loses 1.5.
@@ -388,13 +444,88 @@ mod tests {
     fn free_widths_go_where_the_loss_is_and_ties_cost() {
         let budget = 2 * 68 + 2 * 132;
         let free = run(budget, &Constraints::default()).unwrap();
-        assert_eq!((free.chosen, free.account.loss), (vec![1, 0, 0, 1], 1.0 + 1.0 + 2.0 + 1.0));
+        assert_eq!((picks(&free), free.account.loss), (vec![1, 0, 0, 1], 1.0 + 1.0 + 2.0 + 1.0));
         // A layer a class: 10 → 1.5 and 9 → 1.5; the first saves more.
         let rules = Constraints { runtime: Some(Runtime::Vllm), ..Constraints::default() };
         let tied = run(budget, &rules).unwrap();
-        assert_eq!((tied.chosen, tied.account.loss), (vec![1, 1, 0, 0], 1.5 + 9.0));
+        assert_eq!((picks(&tied), tied.account.loss), (vec![1, 1, 0, 0], 1.5 + 9.0));
         assert_eq!((tied.account.classes, tied.account.bytes, tied.account.loss_free), (2, budget, 5.0));
         assert!((tied.account.granularity_gap() - 1.1).abs() < 1e-12);
+    }
+
+    /// One layer of experts whose three matrices take 68 and 132 bytes each, natively tied, and what dropping them costs.
+    fn experts(losses: &[[[f64; 2]; 3]], dropping: &[f64]) -> (Vec<Matrix>, Vec<Vec<f64>>, Vec<Droppable>) {
+        let matrix =
+            |e, p| Matrix { name: format!("{e}.{p:?}"), layer: 0, part: Part::Expert(e, p), shape: [2, 128], scale: ScaleType::Bf16 };
+        let matrices = (0..losses.len()).flat_map(|e| Projection::ALL.map(|p| matrix(e, p))).collect();
+        let droppable = |(e, &loss): (usize, &f64)| Droppable { layer: 0, members: (3 * e..3 * e + 3).collect(), bytes: 4, loss };
+        (matrices, losses.iter().flatten().map(|l| l.to_vec()).collect(), dropping.iter().enumerate().map(droppable).collect())
+    }
+
+    #[test]
+    fn an_expert_is_dropped_where_its_bytes_save_more_elsewhere() {
+        // Free widths. Expert 0 is worth little: dropping it takes 4 bytes instead of 204, and frees 200 for three matrices of expert 1.
+        let losses = [[[0.5, 0.1]; 3], [[4.0, 1.0]; 3]];
+        let (matrices, losses, droppable) = experts(&losses, &[2.0]);
+        let case = Case { matrices: &matrices, choices: &CHOICES, losses: &losses, cost: "c", droppable: &droppable };
+        let found = decide(&case, &Budgets::of(6 * 68), &Constraints::default()).unwrap();
+        assert_eq!(found.chosen, [None, None, None, Some(1), Some(1), Some(1)]);
+        let account = &found.account;
+        assert_eq!((account.bytes, account.loss, account.dropped), (4 + 3 * 132, 2.0 + 3.0, Some(1)));
+        assert_eq!(account.loss_whole, Some(1.5 + 12.0));
+        // Too few bytes without it; and with a budget of its own that dropping does not take from.
+        let found = decide(&case, &Budgets::of(5 * 68), &Constraints::default()).unwrap();
+        assert_eq!((found.account.loss_whole, found.account.dropped), (None, Some(1)));
+        let takes = (0..6).map(|m| if m < 3 { vec![1.0, 2.0] } else { vec![0.0, 0.0] }).collect();
+        let beside = Budget { what: "expert 0".into(), most: 2.0, takes, takes_dropped: vec![0.5] };
+        let found = decide(&case, &Budgets { bytes: 10_000, beside: vec![beside] }, &Constraints::default()).unwrap();
+        assert_eq!((found.chosen[0], found.chosen[3], found.account.beside[0].spent), (None, Some(1), 0.5));
+        let (_, _, droppable) = experts(&[], &[f64::NAN]);
+        let said = decide(&Case { droppable: &droppable, ..case }, &Budgets::of(6 * 68), &Constraints::default()).unwrap_err();
+        assert!(said.to_string().starts_with("0.Gate: the predicted loss of dropping its expert is NaN"), "{said}");
+    }
+
+    /// The least loss of every combination of each expert's ways.
+    fn brute(losses: &[[[f64; 2]; 3]], dropping: &[f64], budget: i64) -> Option<f64> {
+        let Some(((first, rest), (drop, others))) = losses.split_first().zip(dropping.split_first()) else {
+            return (budget >= 0).then_some(0.0);
+        };
+        let size = |option: usize| [68, 132][option];
+        let kept = (0..4).map(|i| {
+            let (both, down) = (i / 2, i % 2);
+            (2 * size(both) + size(down), first[0][both] + first[1][both] + first[2][down])
+        });
+        let ways = kept.chain(std::iter::once((4, *drop)));
+        ways.filter_map(|(bytes, loss)| brute(rest, others, budget - bytes).map(|least| least + loss)).min_by(f64::total_cmp)
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(500))]
+        #[test]
+        fn dropping_is_never_predicted_to_lose_more(
+            losses in proptest::collection::vec([[0.0..9.0_f64, 0.0..4.0], [0.0..9.0, 0.0..4.0], [0.0..9.0, 0.0..4.0]], 1..5),
+            dropping in proptest::collection::vec(0.0..20.0_f64, 4),
+            budget in 0_u64..1800,
+        ) {
+            let dropping = &dropping[..losses.len()];
+            let (matrices, table, droppable) = experts(&losses, dropping);
+            let case = Case { matrices: &matrices, choices: &CHOICES, losses: &table, cost: "c", droppable: &droppable };
+            // Streams of compressed-tensors as bytes, ties of gate with up: the smallest of what `native` ties.
+            let rules = Constraints { runtime: None, ..Constraints::default() };
+            let tied = Constraints { runtime: Some(Runtime::Native), ..rules }.classes(&matrices);
+            let found = solve(&case, &Budgets::of(budget), &rules, &tied);
+            let whole = solve(&Case { droppable: &[], ..case }, &Budgets::of(budget), &rules, &tied);
+            let best = brute(&losses, dropping, budget as i64);
+            match (&found, best) {
+                (Ok(found), Some(best)) => {
+                    proptest::prop_assert!((found.loss - best).abs() < 1e-9, "{} is not {best}", found.loss);
+                    proptest::prop_assert!(found.chosen.chunks(3).all(|e| e.iter().all(Option::is_none) || e.iter().all(Option::is_some)));
+                    proptest::prop_assert!(whole.is_err() || found.loss <= whole.as_ref().map_or(0.0, |w| w.loss) + 1e-9);
+                }
+                (Err(_), None) => {}
+                (_, best) => proptest::prop_assert!(false, "{:?} against {best:?}", found.as_ref().map(|f| f.loss)),
+            }
+        }
     }
 
     #[test]

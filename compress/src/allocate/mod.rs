@@ -6,6 +6,7 @@
 pub mod by_layer;
 pub mod constraints;
 pub mod decide;
+pub mod drop;
 mod glob;
 pub mod hull;
 mod knobs;
@@ -13,12 +14,14 @@ pub mod pmq;
 pub mod program;
 pub mod sensitivity;
 pub mod several;
+mod ways;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use constraints::{Constraints, GateUp, Matrix, Packed, Runtime};
 pub use decide::{Account, Decision, Undecided};
+pub use drop::Substitute;
 pub use glob::Glob;
 pub use knobs::{Choice, ChoiceKnob, Cost, DeviceBytes, Fill, GridKnob, GroupKnob, Kernel, Limits, Size, Speed};
 
@@ -59,7 +62,11 @@ pub struct Allocate {
     /// Gate and up of an expert each get a width of their own where `native` would tie them.
     #[serde(default, skip_serializing_if = "is_false")]
     pub untied: bool,
-    /// Fewest bits, by role.
+    /// Lets the program drop routed experts too: each keeps its router row and puts out this constant instead. `[export.native]` holds
+    /// both, `[export.dense]` zero alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop: Option<Substitute>,
+    /// Fewest bits, by role; of the experts that stay.
     #[serde(default, skip_serializing_if = "Limits::is_empty")]
     pub min_bits: Limits,
     /// Most bits, by role.

@@ -17,11 +17,12 @@
 use std::collections::BTreeMap;
 
 use calib::linalg::product;
-use calib::stats::GateSums;
+use calib::stats::{First, GateSums};
 use kernels::ScaleType;
 use ndarray::{Array2, ArrayView2};
 use serde::{Deserialize, Serialize};
 
+use super::drop::Costs;
 use super::knobs::{Choice, Cost, Fill};
 use crate::Result;
 use crate::quantize::factor::{Factor, factorize};
@@ -48,6 +49,8 @@ pub struct Table {
     pub choices: Vec<Choice>,
     /// Losses by tensor name.
     pub losses: BTreeMap<String, Losses>,
+    /// What dropping a routed expert loses, by the name of its down projection; empty where the cost has no unit for that.
+    pub dropped: BTreeMap<String, Costs>,
     /// Loss when solved over loss when rounded, by what it is and choice, where it stands for losses that were not solved.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub ratios: BTreeMap<String, Vec<Option<Ratio>>>,
@@ -77,6 +80,9 @@ pub struct Entry {
     /// When solved; empty where it was not asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub solved: Losses,
+    /// What dropping its expert loses, of a routed expert's down projection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropped: Option<Costs>,
 }
 
 /// The version of [`Table::schema`] that is written.
@@ -95,6 +101,7 @@ impl Table {
             entry.rounded.iter().enumerate().map(|(o, loss)| loss.map(|loss| loss * ratio(o))).collect()
         };
         self.losses = entries.iter().map(|(name, entry)| (name.clone(), loss(entry))).collect();
+        self.dropped = entries.iter().filter_map(|(name, entry)| Some((name.clone(), entry.dropped?))).collect();
     }
 }
 
@@ -214,6 +221,11 @@ impl<'a> Shared<'a> {
     /// What a quantizer refuses.
     pub fn losses(&self, w: ArrayView2<'_, f32>, rows: Option<&[f64]>, scale: ScaleType, wanted: Wanted) -> Result<(Losses, Losses)> {
         self.judge(w, scale, wanted, &|quantized| self.loss(w, rows, quantized))
+    }
+
+    /// What dropping the expert of this down projection `w`, `[out, in]`, loses; `first` is that of the same inputs.
+    pub fn dropped(&self, w: ArrayView2<'_, f32>, rows: Option<&[f64]>, first: &First) -> Costs {
+        Costs::of(w, &self.h, first, rows, self.unit)
     }
 
     /// As [`Shared::losses`], with another word on what a quantized matrix loses.
@@ -366,6 +378,7 @@ mod tests {
             like: "expert down".into(),
             rounded: rounded.iter().map(|&l| Some(l)).collect(),
             solved: solved.iter().map(|&l| Some(l)).collect(),
+            dropped: None,
         };
         let mut table = Table { choices: vec![Choice { bits: 2, group: Group::Size(8), grid: Grid::Sym }], ..Table::default() };
         let entries = [("a", entry(&[4.0], &[1.0])), ("b", entry(&[8.0], &[5.0])), ("c", entry(&[10.0], &[]))];

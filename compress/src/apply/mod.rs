@@ -44,7 +44,9 @@ use serde::{Deserialize, Serialize};
 
 pub use output::{contents_of, write};
 pub(crate) use tokens::boxed;
+pub use work::{Gone, gone};
 
+use crate::constants::Outputs;
 use crate::objective::TokenWeights;
 use crate::plan::{Action, Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
@@ -99,6 +101,7 @@ pub fn solve(
     progress: &dyn Progress,
 ) -> Result<Outcome> {
     let layers = work::by_layer(model, plan)?;
+    let dropped = work::dropped(model, plan, dir)?;
     let solved = Solved::begin(dir, plan, layers.len())?;
     let resumed = solved.done();
     let snapshots = solved.snapshots();
@@ -117,7 +120,7 @@ pub fn solve(
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
         let (weights, keep) = (weights(), keep.as_ref());
-        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights, keep })?;
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, dropped: &dropped, weights, keep })?;
     } else {
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
@@ -170,6 +173,8 @@ struct Run<'a> {
     plan: &'a Plan,
     layers: &'a [Vec<Job<'a>>],
     solved: &'a Solved,
+    /// What dropped experts put out.
+    dropped: &'a Outputs,
     weights: TokenWeights,
     keep: Option<&'a Keep>,
 }

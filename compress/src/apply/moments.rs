@@ -1,8 +1,8 @@
 //! Second moments on disk (`calibrate.keep_moments`), so that another plan over the same samples is solved without a forward pass.
 //!
 //! `DIR/moments/layer-00003.safetensors` holds for every site that a plan has solved at `SITE:sums`, the upper triangle in the bands of
-//! [`Moment::values`], blended where the plan says so, and `SITE:seen`, the tokens behind it (8 bytes, little-endian) and whether it was
-//! blended (1 byte). `4 · K·(K + 256)/2` bytes a site of `K` inputs, for small models: Qwen3-30B-A3B takes 70 GB.
+//! [`Moment::values`], blended where the plan says so, and `SITE:seen`, in little-endian the tokens behind it (8 bytes), whether it was
+//! blended (1 byte), and in f64 `Σ v` and `Σ v x`. `4 · K·(K + 256)/2` bytes a site of `K` inputs, for small models: Qwen3-30B-A3B takes 70 GB.
 //!
 //! A file counts as long as it is of the same model, samples, objective and experts' tokens, which its metadata say by one hash; any
 //! other is replaced.
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use calib::arch::Site;
 use calib::checkpoint::hash_bytes;
-use calib::stats::Moment;
+use calib::stats::{First, Moment};
 
 use super::work::Job;
 use crate::plan::Plan;
@@ -60,7 +60,7 @@ impl Keep {
     pub fn create(&self, layer: usize, plan: &Plan, jobs: &[Job<'_>]) -> Result<Write> {
         let declared = sites(plan, jobs).into_iter().flat_map(|(site, (width, _))| {
             let part = |part: &str, dtype, count| Declared { name: format!("{site:?}:{part}"), dtype, shape: vec![count] };
-            [part("sums", Element::F32, Moment::stored(width)), part("seen", Element::U8, 9)]
+            [part("sums", Element::F32, Moment::stored(width)), part("seen", Element::U8, 9 + 8 * (1 + width))]
         });
         let metadata = [("moepress", "moments".to_owned()), ("of", self.of.clone())];
         let metadata = metadata.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
@@ -93,7 +93,7 @@ impl Keep {
         }
         for (site, (width, blended)) in sites(plan, jobs) {
             let Ok(entry) = moments.file.entry(&format!("{site:?}:sums")) else { return Ok(None) };
-            if entry.shape != [Moment::stored(width)] || moments.seen(site)?.1 != blended {
+            if entry.shape != [Moment::stored(width)] || moments.seen(site)?.blended != blended {
                 return Ok(None);
             }
         }
@@ -133,6 +133,8 @@ impl Write {
         let sums: Vec<u8> = moment.values().iter().flat_map(|x| x.to_le_bytes()).collect();
         let mut seen = moment.tokens().to_le_bytes().to_vec();
         seen.push(u8::from(blended));
+        let first = moment.first();
+        seen.extend(std::iter::once(&first.weight).chain(&first.sums).flat_map(|x| x.to_le_bytes()));
         self.0.put(&format!("{site:?}:sums"), &sums)?;
         self.0.put(&format!("{site:?}:seen"), &seen)
     }
@@ -147,6 +149,13 @@ impl Write {
     }
 }
 
+/// What stands beside a site's sums.
+struct Seen {
+    tokens: u64,
+    blended: bool,
+    first: First,
+}
+
 /// A layer's moments, read one by one.
 pub struct Moments {
     file: Open,
@@ -154,12 +163,12 @@ pub struct Moments {
 }
 
 impl Moments {
-    fn seen(&self, site: Site) -> Result<(u64, bool)> {
+    fn seen(&self, site: Site) -> Result<Seen> {
         let bytes = self.file.bytes(&format!("{site:?}:seen"))?;
-        match (bytes.first_chunk::<8>(), bytes.get(8)) {
-            (Some(tokens), Some(&blended)) => Ok((u64::from_le_bytes(*tokens), blended != 0)),
-            _ => Err(self.damaged(site)),
-        }
+        let Some((tokens, [blended, rest @ ..])) = bytes.split_first_chunk::<8>() else { return Err(self.damaged(site)) };
+        let values: Vec<f64> = rest.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect();
+        let Some((&weight, sums)) = values.split_first() else { return Err(self.damaged(site)) };
+        Ok(Seen { tokens: u64::from_le_bytes(*tokens), blended: *blended != 0, first: First { sums: sums.to_vec(), weight } })
     }
 
     /// A site's moment of `width` inputs, as it was put; `None` where no token came and nothing was blended.
@@ -168,13 +177,13 @@ impl Moments {
     ///
     /// [`Error::Stage`] if the file does not hold it; an IO error.
     pub fn get(&self, site: Site, width: usize) -> Result<Option<Moment>> {
-        let (tokens, blended) = self.seen(site)?;
+        let Seen { tokens, blended, first } = self.seen(site)?;
         if tokens == 0 && !blended {
             return Ok(None);
         }
         let bytes = self.file.bytes(&format!("{site:?}:sums"))?;
         let sums = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
-        Moment::from_values(width, tokens, sums).map(Some).ok_or_else(|| self.damaged(site))
+        Moment::from_values(width, tokens, sums, first).map(Some).ok_or_else(|| self.damaged(site))
     }
 
     fn damaged(&self, site: Site) -> Error {

@@ -4,14 +4,16 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use calib::arch::Role;
+use calib::arch::{Part, Role};
 use calib::progress::Progress;
 use calib::tensor::{self, Dtype};
 use calib::{Model, Weights};
-use kernels::QuantizedMatrix;
+use kernels::{QuantizedMatrix, ScaleType};
 
 use super::work;
-use crate::export::{self, Contents, Exports, Form, Scheme, Source, Tensor, Written};
+use crate::allocate::Substitute;
+use crate::constants::Outputs;
+use crate::export::{self, Constant, Contents, Exports, Form, Scheme, Source, Tensor, Written};
 use crate::plan::{Action, Plan, Quantize, zero_of};
 use crate::solved::{LayerRead, Solved};
 use crate::{Error, Result};
@@ -40,6 +42,11 @@ pub fn contents_of(model: &Model, plan: &Plan) -> Result<Vec<Tensor>> {
         let info = checkpoint.info(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "the model does not have it" })?;
         let form = match action {
             Action::Drop { .. } => continue,
+            Action::Substitute(Substitute::Zero) => Form::Constant(Constant::Zero),
+            Action::Substitute(Substitute::Mean) => Form::Constant(Constant::Mean(match work::mean_type(model, name) {
+                ScaleType::F16 => Dtype::F16,
+                ScaleType::Bf16 | ScaleType::F32 => Dtype::Bf16,
+            })),
             Action::Keep | Action::Refit => Form::Kept(kept_as(info.dtype)),
             Action::Quantize(how) => Form::Quantized(scheme(how)),
         };
@@ -82,6 +89,8 @@ pub(super) struct FromSolved<'a> {
     model: &'a Model,
     plan: &'a Plan,
     solved: Solved,
+    /// What dropped experts put out.
+    dropped: Outputs,
     /// The layer opened last: matrices are asked for by name, so mostly a layer at a time.
     open: Mutex<Option<(usize, Arc<LayerRead>)>>,
 }
@@ -90,7 +99,8 @@ impl<'a> FromSolved<'a> {
     /// Opens the layers that [`solve`](super::solve) left in `dir`; all of them must be there.
     pub fn open(model: &'a Model, plan: &'a Plan, dir: &Path) -> Result<Self> {
         let layers = work::by_layer(model, plan)?.len();
-        Ok(Self { model, plan, solved: Solved::finished(dir, plan, layers)?, open: Mutex::new(None) })
+        let dropped = work::dropped(model, plan, dir)?;
+        Ok(Self { model, plan, solved: Solved::finished(dir, plan, layers)?, dropped, open: Mutex::new(None) })
     }
 
     /// The compressed model in no format yet.
@@ -139,5 +149,13 @@ impl Source for FromSolved<'_> {
         let shape = self.model.checkpoint().info(name).map(|info| info.shape.clone()).unwrap_or_default();
         let shape = <[usize; 2]>::try_from(shape).map_err(|shape| Error::NotAMatrix { name: name.to_owned(), shape })?;
         self.layer(layer)?.matrix(name, shape, how)
+    }
+
+    fn mean(&self, name: &str) -> Result<Vec<f32>> {
+        let output = match self.model.layout().role(name) {
+            Some(Role::Layer(layer, Part::Expert(expert, _))) => self.dropped.get(&(layer, expert)),
+            _ => None,
+        };
+        output.cloned().ok_or_else(|| Error::PlanMisfit { name: name.to_owned(), what: "its expert is not dropped" })
     }
 }

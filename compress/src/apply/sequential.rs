@@ -18,13 +18,14 @@ use calib::arch::{Part, Role, Spec};
 use calib::forward::{NoTap, Options, attention_alone, decoder_layer, embed, values};
 use calib::linalg::product;
 use calib::pass::Snapshots;
-use calib::{Model, Weights};
+use calib::{Applied, Model, Weights};
 use ndarray::{Array1, Array2, ArrayView2};
 
 use super::aim::{Choices, Original, overlap};
 use super::learned::{Layer, Waiting};
 use super::work::Job;
 use super::{Run, declared, output, round, router, tokens};
+use crate::constants::{Constant, Outputs};
 use crate::plan::{Action, Plan};
 use crate::repair::refit;
 use crate::solved::{LayerFile, LayerRead, Refit};
@@ -55,6 +56,7 @@ struct Finished<'a> {
     model: &'a Model,
     plan: &'a Plan,
     file: LayerRead,
+    dropped: &'a Outputs,
 }
 
 impl Finished<'_> {
@@ -81,6 +83,12 @@ impl Weights for Finished<'_> {
 
     fn vector(&self, role: Role) -> calib::Result<Array1<f32>> {
         self.model.vector(role)
+    }
+
+    fn applied(&self, layer: usize, expert: usize) -> calib::Result<Option<Box<dyn Applied>>> {
+        let inner = self.spec().moe(layer).map_or(0, |moe| moe.inner);
+        let constant = |output: &Vec<f32>| Box::new(Constant { output: output.clone(), inner }) as Box<dyn Applied>;
+        Ok(self.dropped.get(&(layer, expert)).map(constant))
     }
 }
 
@@ -181,7 +189,8 @@ impl Run<'_> {
     }
 
     fn carry_on<B: Backend>(&self, layer: usize, hidden: &mut [Tensor<B, 3>]) -> Result<()> {
-        let finished = Finished { model: self.model, plan: self.plan, file: self.solved.open(layer)? };
+        let file = self.solved.open(layer)?;
+        let finished = Finished { model: self.model, plan: self.plan, file, dropped: self.dropped };
         Ok(decoder_layer(&finished, layer, hidden, &NoTap, Options::of::<B>())?)
     }
 

@@ -1,5 +1,6 @@
 //! Whole ways through `solve` and `write` on the tiny checkpoints of every family.
 
+mod dropped;
 mod learned;
 mod moments;
 mod objective;
@@ -445,7 +446,7 @@ fn a_native_file_has_the_bytes_that_were_allocated() {
     use calib::arch::Projection::{Down, Gate, Up};
 
     use crate::allocate::{Choice, Constraints, Matrix, Runtime};
-    use crate::export::{Form, Format, Scheme, Tensor};
+    use crate::export::{Constant, Form, Format, Scheme, Tensor};
 
     let of = |bits, grid| Choice { bits, group: Group::Size(32), grid };
     let (two, three, real) = (of(2, Grid::Half), of(3, Grid::Asym), of(5, Grid::Offset));
@@ -461,6 +462,13 @@ fn a_native_file_has_the_bytes_that_were_allocated() {
         allocated += rules.bytes(&Matrix { name: name.clone(), layer: 0, part, shape, scale }, &choice);
         tensors.push(Tensor { name, shape: shape.into(), role: Role::Layer(0, part), form: Form::Quantized(scheme) });
     }
+    // A third expert is dropped: three tensors that become one row.
+    for projection in [Gate, Up, Down] {
+        let role = Role::Layer(0, Part::Expert(2, projection));
+        let name = format!("model.layers.0.mlp.experts.2.{projection:?}.weight");
+        tensors.push(Tensor { name, shape: shape.into(), role, form: Form::Constant(Constant::Mean(Dtype::Bf16)) });
+    }
+    allocated += crate::allocate::Substitute::Mean.bytes(shape[0]);
     let declared = Native {}.groups(&tensors).iter().flat_map(|group| Native {}.declare(group).unwrap()).collect::<Vec<_>>();
     // compressed-tensors' shapes of originals are not counted as weights.
     let stored = declared.iter().filter(|d| !d.name.ends_with("_shape"));

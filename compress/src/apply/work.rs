@@ -1,8 +1,15 @@
 //! A plan read against its model: the matrices to solve, layer by layer.
 
-use calib::arch::{Role, Site};
-use calib::{Model, Weights};
+use std::collections::BTreeMap;
+use std::path::Path;
 
+use calib::arch::{Part, Projection, Role, Site};
+use calib::tensor::Dtype;
+use calib::{Model, Weights};
+use kernels::ScaleType;
+
+use crate::allocate::Substitute;
+use crate::constants::{self, Outputs};
 use crate::plan::{Action, Plan, Quantize, Solver};
 use crate::{Error, Result};
 
@@ -81,6 +88,77 @@ pub fn by_layer<'a>(model: &Model, plan: &'a Plan) -> Result<Vec<Vec<Job<'a>>>> 
         layers[layer].push(Job { name, role, site, shape, how });
     }
     Ok(layers)
+}
+
+/// What the plan's dropped experts put out, `[hidden]` each, as it is stored; `dir` holds the means that were kept with the plan.
+///
+/// # Errors
+///
+/// [`Error::PlanMisfit`] for an expert of which the plan drops a part, or a tensor that is no matrix of one; as [`constants::read`].
+pub fn dropped(model: &Model, plan: &Plan, dir: &Path) -> Result<Outputs> {
+    let mut found = Outputs::new();
+    let (mut means, hidden) = (BTreeMap::new(), model.spec().hidden);
+    for (at, Gone { by, down }) in gone(model, plan)? {
+        match by {
+            Substitute::Zero => _ = found.insert(at, vec![0.0; hidden]),
+            Substitute::Mean => _ = means.insert(at, mean_type(model, down)),
+        }
+    }
+    if means.is_empty() {
+        return Ok(found);
+    }
+    let path = constants::dropped_path(dir);
+    for (at, output) in constants::read(&path, means.keys().copied())? {
+        if output.len() != hidden {
+            let what = format!("the output of expert {} of layer {} has {} channels, not {hidden}", at.1, at.0, output.len());
+            return Err(Error::Stage { path, what });
+        }
+        found.insert(at, constants::rounded(&output, means[&at]));
+    }
+    Ok(found)
+}
+
+/// A dropped expert.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gone<'a> {
+    /// What it puts out.
+    pub by: Substitute,
+    /// The name of its down projection.
+    pub down: &'a str,
+}
+
+/// Dropped experts by layer and number.
+///
+/// # Errors
+///
+/// As [`dropped`].
+pub fn gone<'a>(model: &Model, plan: &'a Plan) -> Result<BTreeMap<(usize, usize), Gone<'a>>> {
+    let mut matrices: BTreeMap<(usize, usize), BTreeMap<Projection, Gone<'a>>> = BTreeMap::new();
+    for (name, action) in &plan.tensors {
+        let Action::Substitute(by) = action else { continue };
+        let Some(Role::Layer(layer, Part::Expert(expert, projection))) = model.layout().role(name) else {
+            return Err(misfit(name, "the plan lets a constant stand for it, but it is no matrix of a routed expert"));
+        };
+        matrices.entry((layer, expert)).or_default().insert(projection, Gone { by: *by, down: name });
+    }
+    let mut found = BTreeMap::new();
+    for (at, parts) in matrices {
+        let same = parts.values().all(|part| parts.values().next().is_some_and(|first| first.by == part.by));
+        let any = parts.values().next().map_or("", |part| part.down);
+        match parts.get(&Projection::Down).filter(|_| same && parts.len() == Projection::ALL.len()) {
+            Some(down) => _ = found.insert(at, *down),
+            None => return Err(misfit(any, "the plan drops a part of its expert; all three matrices go, and one thing stands for them")),
+        }
+    }
+    Ok(found)
+}
+
+/// The 16 bits in which the mean output of an expert is stored: the checkpoint's own, or bf16.
+pub fn mean_type(model: &Model, down: &str) -> ScaleType {
+    match model.checkpoint().info(down).map(|info| info.dtype) {
+        Some(Dtype::F16) => ScaleType::F16,
+        _ => ScaleType::Bf16,
+    }
 }
 
 /// The layer whose file holds a matrix: its own, the first for the embedding, the last for the head.

@@ -37,7 +37,13 @@ impl Format for CompressedTensors {
     }
 
     fn refusals(&self, tensors: &[Tensor]) -> Vec<String> {
-        tensors.iter().filter_map(|tensor| refusal(tensor, tensor.scheme()?)).collect()
+        let constant = |tensor: &Tensor| {
+            let what =
+                "its expert is dropped, and compressed-tensors has no form for that; use [export.native], or leave allocate.drop out";
+            tensor.constant().map(|_| format!("{}: {what}", tensor.name))
+        };
+        let refused = |tensor: &Tensor| constant(tensor).or_else(|| refusal(tensor, tensor.scheme()?));
+        tensors.iter().filter_map(refused).collect()
     }
 
     fn notes(&self, tensors: &[Tensor]) -> Vec<String> {

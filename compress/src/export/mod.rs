@@ -132,6 +132,17 @@ pub enum Form {
     Kept(Dtype),
     /// Quantized.
     Quantized(Scheme),
+    /// A matrix of a routed expert that is dropped.
+    Constant(Constant),
+}
+
+/// What a dropped expert puts out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Constant {
+    /// Nothing.
+    Zero,
+    /// Its mean output, in this type.
+    Mean(Dtype),
 }
 
 /// One tensor of the model, under its original name.
@@ -162,7 +173,15 @@ impl Tensor {
     pub fn scheme(&self) -> Option<Scheme> {
         match self.form {
             Form::Quantized(scheme) => Some(scheme),
-            Form::Kept(_) => None,
+            Form::Kept(_) | Form::Constant(_) => None,
+        }
+    }
+
+    /// What its expert puts out, if that is dropped.
+    pub fn constant(&self) -> Option<Constant> {
+        match self.form {
+            Form::Constant(constant) => Some(constant),
+            Form::Kept(_) | Form::Quantized(_) => None,
         }
     }
 
@@ -191,6 +210,13 @@ pub trait Source: Sync {
     ///
     /// Whatever reading it brings up.
     fn quantized(&self, name: &str) -> Result<QuantizedMatrix>;
+
+    /// The mean output of the dropped expert whose down projection has this name, `[hidden]`.
+    ///
+    /// # Errors
+    ///
+    /// Whatever reading it brings up.
+    fn mean(&self, name: &str) -> Result<Vec<f32>>;
 }
 
 /// A compressed model in no format yet.
@@ -224,12 +250,12 @@ pub trait Format: Sync {
     /// Which runtimes will not load the output, or load it wrongly, and why.
     fn notes(&self, tensors: &[Tensor]) -> Vec<String>;
 
-    /// The quantized matrices, those together that become tensors together.
+    /// The quantized matrices and those of dropped experts, those together that become tensors together.
     fn groups<'t>(&self, tensors: &'t [Tensor]) -> Vec<Vec<&'t Tensor>> {
         tensors.iter().filter(|tensor| tensor.scheme().is_some()).map(|tensor| vec![tensor]).collect()
     }
 
-    /// The tensors that one group of quantized matrices becomes.
+    /// The tensors that one group becomes.
     ///
     /// # Errors
     ///
@@ -303,7 +329,8 @@ pub fn write(contents: &Contents<'_>, exports: &Exports, out: &Path, progress: &
         validate::check(contents, format, &stage)?;
         let dir = if index == 0 { place::at_top(&stage, out)? } else { place::beside(&stage, &out.join(format.name()))? };
         let quantized = contents.tensors.iter().filter(|t| t.scheme().is_some()).count();
-        let (kept, notes) = (contents.tensors.len() - quantized, format.notes(&contents.tensors));
+        let kept = contents.tensors.iter().filter(|t| matches!(t.form, Form::Kept(_))).count();
+        let notes = format.notes(&contents.tensors);
         written.push(Written { format: format.name(), dir, bytes, kept, quantized, notes });
     }
     Ok(written)
@@ -325,7 +352,7 @@ fn fill(contents: &Contents<'_>, format: &dyn Format, stage: &Path, progress: &d
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     let mut writer = Writer::create(stage, declared, SHARD_BYTES, metadata)?;
     progress.start(format.name(), contents.tensors.len() as u64);
-    for tensor in contents.tensors.iter().filter(|tensor| tensor.scheme().is_none()) {
+    for tensor in contents.tensors.iter().filter(|tensor| matches!(tensor.form, Form::Kept(_))) {
         writer.put(&tensor.name, &contents.source.kept(&tensor.name)?)?;
         progress.tick(1);
     }

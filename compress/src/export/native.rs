@@ -6,6 +6,10 @@
 //! compressed-tensors packs it or as it was. `config.json` says so: `quantization_config` has `quant_method = "moepress"`, `arenas` with the
 //! shape of each, and `linear`, the section of compressed-tensors for the rest.
 //!
+//! A routed expert that is dropped lies in no arena: the router still chooses it, and it puts out a constant, with its routing weight.
+//! `constants` in `config.json` lists such experts by `P.experts`; where they put out their means, `P.experts.mean` holds those, one row
+//! each in the order of the list.
+//!
 //! No stock runtime knows `moepress`: the serving side takes what `moepress emit` writes.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,9 +18,10 @@ use calib::arch::{Kind, Part as In, Projection, Role};
 use calib::checkpoint::Declared;
 use calib::tensor::Dtype;
 use kernels::layout::{self, Arena, Packed, table::ENTRY_BYTES};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Contents, Form, Format, Native, Part, Scheme, Source, Tensor, Zero, compressed_tensors, config};
+use super::{Constant, Contents, Form, Format, Native, Part, Scheme, Source, Tensor, Zero, compressed_tensors, config};
 use crate::{Error, Result};
 
 /// What `quant_method` says.
@@ -29,6 +34,8 @@ enum Place {
     Streams(String),
     /// The arena of this name.
     Arena(String),
+    /// Mean outputs of dropped experts, below this name.
+    Means(String),
 }
 
 impl Format for Native {
@@ -39,6 +46,12 @@ impl Format for Native {
     fn refusals(&self, tensors: &[Tensor]) -> Vec<String> {
         let mut found = Vec::new();
         for tensor in tensors {
+            if tensor.constant().is_some() && block(&tensor.name).is_none() {
+                found.push(format!(
+                    "{}: the native layout drops only experts whose names hold `.experts.`; leave allocate.drop out",
+                    tensor.name
+                ));
+            }
             let Some(scheme) = tensor.scheme() else { continue };
             if !tensor.name.ends_with(".weight") {
                 found.push(format!("{}: the native layout packs only tensors named `.weight`; exclude it", tensor.name));
@@ -54,9 +67,11 @@ impl Format for Native {
 
     fn notes(&self, tensors: &[Tensor]) -> Vec<String> {
         let arenas = tensors.iter().any(|t| t.scheme().is_some_and(|scheme| in_arena(t, scheme)));
+        let means = tensors.iter().any(|t| matches!(t.constant(), Some(Constant::Mean(_))));
+        let means = means.then(|| "the C loader adds nothing for dropped experts: whoever calls it adds their means".to_owned());
         let note = "no runtime loads it by itself: the serving side needs what `moepress emit` writes for it, the Python package or the C loader; \
                     moepress eval reads it as it is";
-        arenas.then(|| note.to_owned()).into_iter().collect()
+        arenas.then(|| note.to_owned()).into_iter().chain(means).collect()
     }
 
     fn groups<'t>(&self, tensors: &'t [Tensor]) -> Vec<Vec<&'t Tensor>> {
@@ -64,6 +79,10 @@ impl Format for Native {
     }
 
     fn declare(&self, group: &[&Tensor]) -> Result<Vec<Declared>> {
+        if let Some((name, dtype)) = means_of(group) {
+            let hidden = group[0].matrix_shape()?[0];
+            return Ok(vec![Declared { name, dtype, shape: vec![group.len(), hidden] }]);
+        }
         let Some(name) = arena_name(group) else {
             return Ok(group.iter().map(|t| compressed_tensors::declare(t)).collect::<Result<Vec<_>>>()?.concat());
         };
@@ -73,6 +92,11 @@ impl Format for Native {
     }
 
     fn parts(&self, group: &[&Tensor], source: &dyn Source) -> Result<Vec<Part>> {
+        if let Some((name, dtype)) = means_of(group) {
+            let rows = group.iter().map(|tensor| source.mean(&tensor.name)).collect::<Result<Vec<_>>>()?.concat();
+            let wrong = || Error::PlanMisfit { name: name.clone(), what: "its type holds no fractions" };
+            return Ok(vec![(name.clone(), calib::tensor::encode(dtype, &rows).ok_or_else(wrong)?)]);
+        }
         let Some(name) = arena_name(group) else {
             return Ok(group
                 .iter()
@@ -115,7 +139,27 @@ fn in_arena(tensor: &Tensor, scheme: Scheme) -> bool {
     tensor.kind() == Kind::Expert || compressed_tensors::refusal(tensor, scheme).is_some()
 }
 
-/// Every quantized matrix by where it goes; in an arena by expert, gate before up.
+/// `P.experts` of a routed expert's matrix.
+fn block(name: &str) -> Option<String> {
+    name.split_once(".experts.").map(|(block, _)| format!("{block}.experts"))
+}
+
+/// The tensor that a group of [`places`] becomes, if it is one of mean outputs, and its type.
+fn means_of(group: &[&Tensor]) -> Option<(String, Dtype)> {
+    let first = group.first()?;
+    let Some(Constant::Mean(dtype)) = first.constant() else { return None };
+    Some((format!("{}.mean", block(&first.name)?), dtype))
+}
+
+/// The down projections of dropped experts that put out their means, by block; rising.
+fn means(tensors: &[Tensor]) -> impl Iterator<Item = (String, &Tensor)> {
+    tensors.iter().filter_map(|tensor| match (tensor.role, tensor.constant()) {
+        (Role::Layer(_, In::Expert(_, Projection::Down)), Some(Constant::Mean(_))) => Some((block(&tensor.name)?, tensor)),
+        _ => None,
+    })
+}
+
+/// Every quantized matrix by where it goes, in an arena by expert, gate before up; and the mean outputs of dropped experts.
 fn places(tensors: &[Tensor]) -> BTreeMap<Place, Vec<&Tensor>> {
     let quantized = || tensors.iter().filter_map(|tensor| Some((tensor, tensor.scheme()?)));
     let mut schemes: BTreeMap<(usize, usize), BTreeSet<Scheme>> = BTreeMap::new();
@@ -141,6 +185,9 @@ fn places(tensors: &[Tensor]) -> BTreeMap<Place, Vec<&Tensor>> {
             _ => Place::Streams(tensor.name.clone()),
         };
         found.entry(place).or_default().push(tensor);
+    }
+    for (block, tensor) in means(tensors) {
+        found.entry(Place::Means(block)).or_default().push(tensor);
     }
     let key = |tensor: &&Tensor| match tensor.role {
         Role::Layer(_, In::Expert(expert, projection)) => (expert, projection),
@@ -196,7 +243,7 @@ fn plan(group: &[&Tensor]) -> Result<Arena> {
 /// What the emitted kernels have no form for, by name.
 pub(super) fn without_kernels(tensors: &[Tensor]) -> Vec<String> {
     let mut routed = places(tensors);
-    routed.retain(|_, group| group[0].kind() == Kind::Expert);
+    routed.retain(|place, group| group[0].kind() == Kind::Expert && !matches!(place, Place::Means(_)));
     if routed.is_empty() {
         return vec!["kernels are for routed experts, and none is quantized; leave [export.kernels] out".to_owned()];
     }
@@ -221,7 +268,7 @@ fn halves(tensors: &[Tensor]) -> Vec<String> {
         let Role::Layer(layer, _) = tensor.role else { continue };
         let found = kept.entry(layer).or_insert(("", 0, 0));
         found.2 += 1;
-        if tensor.scheme().is_none() {
+        if matches!(tensor.form, Form::Kept(_)) {
             (found.0, found.1) = (tensor.name.as_str(), found.1 + 1);
         }
     }
@@ -247,18 +294,56 @@ fn section(tensors: &[Tensor]) -> Result<Value> {
     }
     // To compressed-tensors what lies in arenas is a module that it must leave alone.
     let rest = |tensor: &Tensor| {
-        let arena = tensor.scheme().is_some_and(|scheme| in_arena(tensor, scheme));
-        Tensor { form: if arena { Form::Kept(Dtype::Bf16) } else { tensor.form }, ..tensor.clone() }
+        let alone = tensor.constant().is_some() || tensor.scheme().is_some_and(|scheme| in_arena(tensor, scheme));
+        Tensor { form: if alone { Form::Kept(Dtype::Bf16) } else { tensor.form }, ..tensor.clone() }
     };
     let rest: Vec<Tensor> = tensors.iter().map(rest).collect();
-    Ok(json!({
+    let mut section = json!({
         "quant_method": METHOD,
         "format": "native",
         "layout": layout::NAME,
         "version": 1,
         "arenas": arenas,
         "linear": compressed_tensors::quantization_config(&rest),
-    }))
+    });
+    let constants = constants(tensors);
+    if let (false, Some(section)) = (constants.is_empty(), section.as_object_mut()) {
+        section.insert("constants".to_owned(), json!(constants));
+    }
+    Ok(section)
+}
+
+/// Dropped experts by `P.experts`: which, rising, and what they put out.
+fn constants(tensors: &[Tensor]) -> BTreeMap<String, Said> {
+    let mut found: BTreeMap<String, Said> = BTreeMap::new();
+    for tensor in tensors {
+        let Role::Layer(_, In::Expert(expert, Projection::Down)) = tensor.role else { continue };
+        let (Some(constant), Some(block)) = (tensor.constant(), block(&tensor.name)) else { continue };
+        let output = if constant == Constant::Zero { Output::Zero } else { Output::Mean };
+        found.entry(block).or_insert_with(|| Said { experts: Vec::new(), output }).experts.push(expert);
+    }
+    found.values_mut().for_each(|said| said.experts.sort_unstable());
+    found
+}
+
+/// An entry of `constants` in `config.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Said {
+    /// Dropped experts, rising.
+    pub experts: Vec<usize>,
+    /// What they put out.
+    pub output: Output,
+}
+
+/// What dropped experts of a block put out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Output {
+    /// Nothing.
+    Zero,
+    /// The rows of `P.experts.mean`.
+    Mean,
 }
 
 #[cfg(test)]
@@ -308,6 +393,29 @@ mod tests {
         // Two tiles of rows, one of inputs, at 4 and 2 bits, with four groups of scales: 2 · 1024 · 6 + 2 · 2 · 128 · 4.
         let declared = Native {}.declare(&Native {}.groups(&tied)[1]).unwrap();
         assert_eq!(declared[0].shape, [2 * 1024 * 6 + 2 * 2 * 128 * 4]);
+    }
+
+    #[test]
+    fn dropped_experts_leave_their_arenas_and_a_row_each() {
+        let (four, mean) = (scheme(4, Zero::Symmetric), Form::Constant(Constant::Mean(Dtype::Bf16)));
+        let tensors = layer([[four; 3], [mean; 3]]);
+        let block = "model.layers.0.mlp.experts";
+        let parts = ["down.arena", "down.table", "gate_up.arena", "gate_up.table", "mean"].map(|part| format!("{block}.{part}"));
+        assert_eq!(names(&tensors), parts);
+        let declared = Native {}.declare(Native {}.groups(&tensors).last().unwrap()).unwrap();
+        assert_eq!((declared[0].dtype, declared[0].shape.as_slice()), (Dtype::Bf16, [1, 96].as_slice()));
+        let said = section(&tensors).unwrap();
+        assert_eq!(said["constants"], json!({ block: { "experts": [1], "output": "mean" } }));
+        assert_eq!(said["arenas"][format!("{block}.down")]["count"], json!(1));
+        assert!(Native {}.refusals(&tensors).is_empty() && without_kernels(&tensors).is_empty());
+        assert!(Native {}.notes(&tensors)[1].contains("adds their means"));
+        let zero = layer([[four; 3], [Form::Constant(Constant::Zero); 3]]);
+        assert_eq!(names(&zero), parts[..4]);
+        assert_eq!(section(&zero).unwrap()["constants"][block]["output"], json!("zero"));
+        // What other formats say: one line a matrix, or that zeros will do.
+        assert_eq!(crate::export::CompressedTensors {}.refusals(&zero).len(), 3);
+        assert!(crate::export::Dense {}.refusals(&zero).is_empty());
+        assert!(crate::export::Dense {}.refusals(&tensors)[0].contains("allocate.drop = \"zero\""));
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! Arenas of a native checkpoint, and experts that multiply rows from their packed codes.
+//! Arenas of a native checkpoint, and experts that multiply rows from their packed codes or put out a constant.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use calib::Applied;
 use calib::arch::{Part, Projection, Resolved, Role, expected};
@@ -11,7 +11,8 @@ use serde::Deserialize;
 
 use super::{Packed, Stored, ZeroPoints, section, wrong};
 use crate::Result;
-use crate::export::native::METHOD;
+use crate::constants::Constant;
+use crate::export::native::{METHOD, Output, Said as Constants};
 
 /// Where a matrix lies among the arenas.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,12 +34,27 @@ struct Said {
     gate_up: bool,
 }
 
-/// The arenas of a checkpoint with their tables, and the matrices in them by logical name.
-pub(super) fn read(checkpoint: &Checkpoint, resolved: &Resolved) -> Result<(BTreeMap<String, Arena>, BTreeMap<String, Stored>)> {
+/// What a native checkpoint holds beside what compressed-tensors packs.
+#[derive(Default)]
+pub(super) struct Held {
+    /// The arenas with their tables.
+    pub arenas: BTreeMap<String, Arena>,
+    /// The matrices in them, by logical name.
+    pub matrices: BTreeMap<String, Stored>,
+    /// What dropped experts put out, by layer and expert.
+    pub constants: BTreeMap<(usize, usize), Constant>,
+    /// Their matrices: logical names and shapes.
+    pub gone: Vec<(String, Vec<usize>)>,
+    /// The tensors that the constants were read from.
+    pub means: BTreeSet<String>,
+}
+
+/// Reads what `config.json` names.
+pub(super) fn read(checkpoint: &Checkpoint, resolved: &Resolved) -> Result<Held> {
     let refuse = |what: String| wrong(checkpoint, what);
-    let (mut arenas, mut matrices) = (BTreeMap::new(), BTreeMap::new());
+    let mut held = Held::default();
     let Some(section) = section(checkpoint.config()).filter(|s| s.get("quant_method").and_then(|m| m.as_str()) == Some(METHOD)) else {
-        return Ok((arenas, matrices));
+        return Ok(held);
     };
     let (name, version) = (section.get("layout").and_then(|l| l.as_str()), section.get("version").and_then(serde_json::Value::as_u64));
     if (name, version) != (Some(layout::NAME), Some(1)) {
@@ -55,28 +71,80 @@ pub(super) fn read(checkpoint: &Checkpoint, resolved: &Resolved) -> Result<(BTre
             return Err(refuse(format!("{name}: its table does not hold {} entries as quantization_config says", said.count)));
         }
         if said.of == "matrix" {
-            add(&mut matrices, &arena, format!("{name}.weight"), Place { arena: name.clone(), expert: 0, which: 0 });
+            add(&mut held.matrices, &arena, format!("{name}.weight"), Place { arena: name.clone(), expert: 0, which: 0 });
         }
-        arenas.insert(name.clone(), arena);
+        held.arenas.insert(name.clone(), arena);
     }
-    for (role, name, _) in expected(resolved.family, &resolved.spec) {
-        let (Role::Layer(_, Part::Expert(expert, projection)), Some((block, _))) = (role, name.split_once(".experts.")) else { continue };
+    let constants: BTreeMap<String, Constants> = serde_json::from_value(section.get("constants").cloned().unwrap_or(serde_json::json!({})))
+        .map_err(|error| refuse(format!("quantization_config.constants: {error}")))?;
+    let gone = |block: &str, expert: usize| constants.get(block).is_some_and(|said| said.experts.contains(&expert));
+    let mut layers: BTreeMap<String, usize> = BTreeMap::new();
+    for (role, name, axes) in expected(resolved.family, &resolved.spec) {
+        let (Role::Layer(layer, Part::Expert(expert, projection)), Some((block, _))) = (role, name.split_once(".experts.")) else {
+            continue;
+        };
+        layers.insert(format!("{block}.experts"), layer);
+        if gone(&format!("{block}.experts"), expert) {
+            held.gone.push((name, axes.into_iter().map(|axis| axis.size).collect()));
+            continue;
+        }
         let (alone, which) = match projection {
             Projection::Gate => ("gate", 0),
             Projection::Up => ("up", 1),
             Projection::Down => ("down", 0),
         };
         let (fused, alone) = (format!("{block}.experts.gate_up"), format!("{block}.experts.{alone}"));
-        let place = if projection != Projection::Down && arenas.contains_key(&fused) {
+        let place = if projection != Projection::Down && held.arenas.contains_key(&fused) {
             Place { arena: fused, expert: expert as u32, which }
         } else {
             Place { arena: alone, expert: expert as u32, which: 0 }
         };
-        if let Some(arena) = arenas.get(&place.arena) {
-            add(&mut matrices, arena, name, place);
+        if let Some(arena) = held.arenas.get(&place.arena) {
+            add(&mut held.matrices, arena, name, place);
         }
     }
-    Ok((arenas, matrices))
+    for (block, said) in &constants {
+        let layer = *layers.get(block).ok_or_else(|| refuse(format!("quantization_config.constants: the model has no {block}")))?;
+        read_constants(checkpoint, resolved, (block, layer, said), &mut held)?;
+    }
+    Ok(held)
+}
+
+/// What the dropped experts of one block put out.
+fn read_constants(
+    checkpoint: &Checkpoint,
+    resolved: &Resolved,
+    (block, layer, said): (&str, usize, &Constants),
+    held: &mut Held,
+) -> Result<()> {
+    let (hidden, name) = (resolved.spec.hidden, format!("{block}.mean"));
+    let Some(moe) = resolved.spec.moe(layer) else { return Ok(()) };
+    let rising = said.experts.windows(2).all(|pair| pair[0] < pair[1]) && said.experts.last().is_none_or(|last| *last < moe.experts);
+    if !rising {
+        return Err(wrong(checkpoint, format!("{block}: the dropped experts {:?} are no rising ones of {}", said.experts, moe.experts)));
+    }
+    if let Some(twice) = held.arenas.iter().find_map(|(arena, table)| {
+        let here = arena.rsplit_once('.').is_some_and(|(of, _)| of == block);
+        said.experts.iter().find(|&&expert| here && table.entry(expert as u32).is_some())
+    }) {
+        return Err(wrong(checkpoint, format!("{block}: expert {twice} is dropped, and an arena holds it")));
+    }
+    let outputs = match said.output {
+        Output::Zero => vec![0.0; said.experts.len() * hidden],
+        Output::Mean => {
+            let shape = checkpoint.info(&name).map(|info| info.shape.clone());
+            if shape.as_deref() != Some(&[said.experts.len(), hidden]) {
+                let what = format!("{name} is {shape:?}, and {} dropped experts put out {hidden} channels each", said.experts.len());
+                return Err(wrong(checkpoint, what));
+            }
+            held.means.insert(name.clone());
+            checkpoint.floats(&name)?
+        }
+    };
+    let rows = outputs.chunks_exact(hidden.max(1)).map(<[f32]>::to_vec);
+    let constants = said.experts.iter().zip(rows).map(|(&expert, output)| ((layer, expert), Constant { output, inner: moe.inner }));
+    held.constants.extend(constants);
+    Ok(())
 }
 
 /// Adds a matrix, if its arena holds it: what is missing is found when the family claims its tensors.

@@ -76,14 +76,19 @@ fn model(packed: &Packed) -> Result<Model> {
     for index in 0..spec.layers.len() {
         let Some(moe) = spec.moe(index) else { continue };
         let found = [Projection::Gate, Projection::Down].map(|projection| {
-            let name = packed.layout().name(Role::Layer(index, Part::Expert(0, projection)))?;
-            let arena = &packed.matrices.get(name)?.place.as_ref()?.arena;
+            // Any expert that is not dropped.
+            let place = |expert| {
+                let name = packed.layout().name(Role::Layer(index, Part::Expert(expert, projection)))?;
+                packed.matrices.get(name)?.place.as_ref()
+            };
+            let arena = &(0..moe.experts).find_map(place)?.arena;
             Some((arena.clone(), packed.arenas.get(arena)?.clone()))
         });
         let [Some(gates), Some(down)] = found else { continue };
         let most = router.get_or_insert((moe.experts, moe.top_k, moe.inner));
         (most.0, most.1) = (most.0.max(moe.experts), most.1.max(moe.top_k));
-        layers.push(Layer { index, projections: [gates, down] });
+        let constants = packed.constants.keys().filter(|(layer, _)| *layer == index).map(|(_, expert)| *expert).collect();
+        layers.push(Layer { index, projections: [gates, down], constants });
     }
     let (experts, top_k, inner) = router.unwrap_or_default();
     Ok(Model { family: spec.model_type.clone(), sizes: [spec.hidden, inner], experts, top_k, layers })

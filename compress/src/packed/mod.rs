@@ -23,8 +23,9 @@ use kernels::{Group, QuantizedMatrix, ScaleType, Zeros, pack};
 use ndarray::{Array1, Array2};
 use serde_json::Value;
 
+use crate::constants::Constant;
 use crate::{Error, Result};
-use arenas::Place;
+use arenas::{Held, Place};
 use schemes::Schemes;
 
 /// How the weights of routed experts are rounded when they are dequantized.
@@ -113,6 +114,8 @@ pub struct Packed {
     layout: Layout,
     matrices: BTreeMap<String, Stored>,
     arenas: BTreeMap<String, Arena>,
+    /// What dropped experts put out, by layer and expert.
+    constants: BTreeMap<(usize, usize), Constant>,
     rounding: ExpertRounding,
 }
 
@@ -126,8 +129,9 @@ impl Packed {
         let resolved = resolve(checkpoint.config())?;
         let schemes = Schemes::read(&checkpoint)?;
         let mut matrices = BTreeMap::new();
-        let (arenas, in_arenas) = arenas::read(&checkpoint, &resolved)?;
+        let Held { arenas, matrices: in_arenas, constants, gone, means } = arenas::read(&checkpoint, &resolved)?;
         let mut logical: Vec<(String, Vec<usize>)> = in_arenas.iter().map(|(name, stored)| (name.clone(), stored.shape.to_vec())).collect();
+        logical.extend(gone);
         matrices.extend(in_arenas);
         for (name, shape) in checkpoint.logical() {
             match name.rsplit_once('.') {
@@ -139,12 +143,13 @@ impl Packed {
                 Some((module, "weight_scale" | "weight_shape" | "weight_zero_point"))
                     if checkpoint.info(&format!("{module}.weight_packed")).is_some() => {}
                 Some((module, "arena" | "table")) if arenas.contains_key(module) => {}
+                _ if means.contains(&name) => {}
                 Some((_, "weight_g_idx")) => return Err(wrong(&checkpoint, format!("{name}: stored activation orders are not read"))),
                 _ => logical.push((name, shape)),
             }
         }
         let layout = Layout::claim(resolved.family, &resolved.spec, &logical)?;
-        Ok(Self { checkpoint, spec: resolved.spec, layout, matrices, arenas, rounding })
+        Ok(Self { checkpoint, spec: resolved.spec, layout, matrices, arenas, constants, rounding })
     }
 
     /// The checkpoint behind it.
@@ -160,6 +165,11 @@ impl Packed {
     /// The packed matrices by logical name (`….weight`).
     pub fn matrices(&self) -> impl Iterator<Item = (&str, &Stored)> {
         self.matrices.iter().map(|(name, stored)| (name.as_str(), stored))
+    }
+
+    /// What dropped experts put out, by layer and expert.
+    pub fn constants(&self) -> &BTreeMap<(usize, usize), Constant> {
+        &self.constants
     }
 
     /// What is packed, by kind of tensor: widths, weights and bytes.
@@ -227,6 +237,12 @@ impl Weights for Packed {
 
     fn matrix(&self, role: Role) -> calib::Result<Array2<f32>> {
         let name = self.name(role)?;
+        if let Role::Layer(layer, Part::Expert(expert, _)) = role
+            && self.constants.contains_key(&(layer, expert))
+        {
+            let error = wrong(&self.checkpoint, format!("{name}: its expert is dropped and puts out a constant; it has no matrices"));
+            return Err(calib::Error::Tap(Box::new(error)));
+        }
         let matrix = self.quantized(name).map_err(|error| calib::Error::Tap(Box::new(error)))?;
         let Some(matrix) = matrix else { return self.checkpoint.matrix(name) };
         let routed = matches!(role, Role::Layer(_, Part::Expert(..)));
@@ -241,6 +257,9 @@ impl Weights for Packed {
     }
 
     fn applied(&self, layer: usize, expert: usize) -> calib::Result<Option<Box<dyn Applied>>> {
+        if let Some(constant) = self.constants.get(&(layer, expert)) {
+            return Ok(Some(Box::new(constant.clone())));
+        }
         if self.rounding == ExpertRounding::Bf16 {
             return Ok(None);
         }

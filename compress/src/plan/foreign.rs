@@ -47,14 +47,22 @@ impl Tool {
 /// [`Error::Foreign`] for widths that the tool has none of.
 pub fn of_plan(plan: &Plan, tool: Tool) -> Result<String> {
     match tool {
-        Tool::GptqModel => gptqmodel(plan),
-        Tool::LlmCompressor => llm_compressor(plan),
+        Tool::GptqModel => whole(plan, "GPTQModel").and_then(|()| gptqmodel(plan)),
+        Tool::LlmCompressor => whole(plan, "llm-compressor").and_then(|()| llm_compressor(plan)),
         Tool::LlamaQuantize => Err(refused("llama-quantize", "its types are other ones: share out the budget with its own program".into())),
     }
 }
 
 fn refused(tool: &'static str, what: String) -> Error {
     Error::Foreign { tool, what }
+}
+
+const DROPS: &str = "allocate.drop lets experts put out a constant, which the tool does not know; leave it out";
+
+/// Refuses a plan that drops experts.
+fn whole(plan: &Plan, tool: &'static str) -> Result<()> {
+    let drops = plan.tensors.values().any(|action| matches!(action, Action::Substitute(_)));
+    if drops { Err(refused(tool, DROPS.into())) } else { Ok(()) }
 }
 
 fn module(tensor: &str) -> &str {
@@ -116,7 +124,7 @@ fn gptqmodel(plan: &Plan) -> Result<String> {
             Action::Keep | Action::Refit if name.ends_with(".weight") && name.contains(".layers.") && !name.contains("norm") => {
                 dynamic.insert(format!("-:^{module}$"), json!({}));
             }
-            Action::Keep | Action::Refit | Action::Drop { .. } => {}
+            Action::Keep | Action::Refit | Action::Substitute(_) | Action::Drop { .. } => {}
         }
     }
     let mut config = settings("the commonest width", &common)?;
@@ -164,6 +172,9 @@ const GGML: [(u8, &str, usize); 6] =
 pub fn llama_quantize(allocate: &Allocate, shape: &Shape, measured: Option<&Measured>) -> Result<(String, crate::allocate::Account)> {
     const TOOL: &str = "llama-quantize";
     let asked = Prepared::new(allocate, shape, measured);
+    if allocate.drop.is_some() {
+        return Err(refused(TOOL, DROPS.into()));
+    }
     let allocate = Allocate { runtime: Some(Runtime::Gguf), untied: false, ..allocate.clone() };
     let prepared = Prepared::new(&allocate, shape, measured);
     if !prepared.choices.iter().any(|c| GGML.iter().any(|(bits, ..)| *bits == c.bits)) {
@@ -181,6 +192,8 @@ pub fn llama_quantize(allocate: &Allocate, shape: &Shape, measured: Option<&Meas
     let decision = prepared.decide(asked.bytes)?;
     let mut lines: BTreeMap<(usize, &'static str), &'static str> = BTreeMap::new();
     for (matrix, &option) in prepared.matrices.iter().zip(&decision.chosen) {
+        // Nothing is dropped where drop is not asked for.
+        let Some(option) = option else { continue };
         let bits = prepared.choices[option].bits;
         let Some((_, name, block)) = GGML.iter().find(|(b, ..)| *b == bits) else {
             return Err(Undecided::NoChoice { name: matrix.name.clone(), tied: 0, objections: Vec::new() }.into());

@@ -19,7 +19,7 @@ use calib::stats::Undercalibrated;
 use kernels::{Group, ScaleType};
 use serde::{Deserialize, Serialize};
 
-use crate::allocate::{Account, Choice};
+use crate::allocate::{Account, Choice, Substitute};
 use crate::export::Zero;
 use crate::objective::Objective;
 use crate::quantize::{self, Grid, Quantizer, Refine};
@@ -30,7 +30,7 @@ use crate::{Error, Result};
 pub use experts::{Experts, Fate, Repaired};
 pub use foreign::Tool;
 pub use shape::{Measured, Seen, Shape, Tensor, finished};
-pub use summary::Summary;
+pub use summary::{Substituted, Summary};
 pub use sweep::{Point, Range, Sweep, sweep};
 use widths::Widths;
 pub use widths::matrices;
@@ -91,6 +91,8 @@ pub enum Action {
         /// Why.
         reason: String,
     },
+    /// A matrix of a routed expert that is dropped: the expert keeps its router row and puts this out instead.
+    Substitute(Substitute),
     /// Quantized.
     Quantize(Quantize),
 }
@@ -160,6 +162,8 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
     stop(solved, shape, widths.as_ref())?;
     let repair = recipe.repair.clone().unwrap_or_default();
     let chosen = |tensor: &Tensor| widths.as_ref().is_some_and(|w| w.chosen.contains_key(&tensor.name));
+    let substitute = recipe.allocate.as_ref().and_then(|allocate| allocate.drop);
+    let dropped = |tensor: &Tensor| substitute.filter(|_| widths.as_ref().is_some_and(|w| w.dropped.contains(&tensor.name)));
     let layer = |tensor: &Tensor| tensor.quantizable().map(|(layer, ..)| layer);
     let touched: BTreeSet<usize> = shape.tensors.iter().filter(|t| chosen(t)).filter_map(layer).collect();
     let ends = recipe.allocate.as_ref().map_or((None, None), |allocate| (allocate.embedding, allocate.head));
@@ -169,6 +173,7 @@ pub fn make(recipe: &Recipe, shape: &Shape, measured: Option<&Measured>) -> Resu
         (Role::Buffer, ..) => {
             Action::Drop { reason: "loaders make it themselves: a rotary buffer, or a copy of the tied embedding".into() }
         }
+        (.., Some(_)) if dropped(tensor).is_some() => dropped(tensor).map_or(Action::Keep, Action::Substitute),
         (_, Some(choice), Some(place)) => Action::Quantize(quantize(choice, tensor, place, solved)),
         (Role::Embedding, ..) if ends.0.is_some() => end(tensor, ends.0),
         (Role::Head, ..) if ends.1.is_some() => end(tensor, ends.1),

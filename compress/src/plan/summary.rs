@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use calib::arch::{Part, Role};
+use calib::arch::{Part, Projection, Role};
 use serde::{Deserialize, Serialize};
 
-use crate::allocate::{Account, Choice};
+use crate::allocate::{Account, Choice, Substitute};
 
-use super::{Action, Plan, Quantize, Shape, Solver};
+use super::{Action, Plan, Quantize, Shape, Solver, Tensor};
 
 /// A plan in numbers.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -43,15 +43,50 @@ pub struct Summary {
     /// Matrices by kind and width, where widths are shared out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub widths: BTreeMap<String, BTreeMap<String, usize>>,
+    /// Experts of each layer that put out a constant instead, where any do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub substituted: Option<Substituted>,
     /// How they were.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocation: Option<Account>,
 }
 
+/// Experts that put out a constant.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Substituted {
+    /// Which.
+    pub by: Substitute,
+    /// How many, by layer.
+    pub experts: BTreeMap<usize, usize>,
+    /// Weights that they had.
+    pub weights: u64,
+    /// Bytes of those in the checkpoint.
+    pub bytes_before: u64,
+    /// Bytes of their constants.
+    pub bytes_after: u64,
+}
+
+impl Substituted {
+    /// Adds one matrix of such an expert, `[out, in]`.
+    fn add(found: &mut Option<Self>, by: Substitute, tensor: &Tensor) {
+        let empty = || Self { by, experts: BTreeMap::new(), weights: 0, bytes_before: 0, bytes_after: 0 };
+        let all = found.get_or_insert_with(empty);
+        all.weights += tensor.shape.iter().product::<usize>() as u64;
+        all.bytes_before += tensor.bytes;
+        // One of its three stands for the expert.
+        if let Role::Layer(layer, Part::Expert(_, Projection::Down)) = tensor.role {
+            *all.experts.entry(layer).or_default() += 1;
+            all.bytes_after += by.bytes(tensor.shape[0]);
+        }
+    }
+}
+
 impl Summary {
-    /// Stored bits a quantized weight, scales counted; `None` where nothing is quantized.
+    /// Stored bits a quantized weight, scales counted, those of dropped experts and their constants among them; `None` where nothing is
+    /// quantized.
     pub fn bits_per_weight(&self) -> Option<f64> {
-        (self.weights > 0).then(|| self.bytes_after as f64 * 8.0 / self.weights as f64)
+        let (weights, bytes) = self.substituted.as_ref().map_or((0, 0), |dropped| (dropped.weights, dropped.bytes_after));
+        (self.weights > 0).then(|| (self.bytes_after + bytes) as f64 * 8.0 / (self.weights + weights) as f64)
     }
 }
 
@@ -82,6 +117,7 @@ impl Plan {
                     }
                     dead.insert((layer, part.site()), q.dead_channels);
                 }
+                Some(Action::Substitute(by)) => Substituted::add(&mut sum.substituted, *by, tensor),
                 Some(Action::Drop { .. }) => {
                     sum.dropped += 1;
                     sum.bytes_dropped += tensor.bytes;

@@ -1,8 +1,9 @@
 //! The width of every matrix: one for all, or shared out by a program.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::allocate::decide::{Budget, Budgets, Case, decide};
+use crate::allocate::drop::{Droppable, droppable};
 use crate::allocate::sensitivity::{self, Table};
 use crate::allocate::{Account, Allocate, Choice, Decision, Matrix, Undecided};
 use crate::allocate::{Constraints, Cost, DeviceBytes, Speed, by_layer, pmq};
@@ -18,6 +19,8 @@ const SHARD_BYTES: u64 = 192;
 pub(super) struct Widths {
     /// Its choice.
     pub chosen: BTreeMap<String, Choice>,
+    /// Matrices of experts that are dropped, by tensor name.
+    pub dropped: BTreeSet<String>,
     /// How a program came to it.
     pub account: Option<Account>,
 }
@@ -40,8 +43,14 @@ impl Widths {
         if allocate.is_mixed() {
             let prepared = Prepared::new(allocate, shape, measured);
             let Decision { chosen, account } = prepared.decide(prepared.bytes)?;
-            let chosen = prepared.matrices.into_iter().zip(chosen).map(|(m, o)| (m.name, prepared.choices[o])).collect();
-            return Ok(Self { chosen, account: Some(account) });
+            let mut found = Self { chosen: BTreeMap::new(), dropped: BTreeSet::new(), account: Some(account) };
+            for (matrix, option) in prepared.matrices.into_iter().zip(chosen) {
+                match option {
+                    Some(option) => _ = found.chosen.insert(matrix.name, prepared.choices[option]),
+                    None => _ = found.dropped.insert(matrix.name),
+                }
+            }
+            return Ok(found);
         }
         let (matrices, choices, rules) = (matrices(allocate, shape), allocate.options(), allocate.constraints());
         // One width is one class of one choice: the constraints are asked, the program is not.
@@ -51,7 +60,8 @@ impl Widths {
                 return Err(Undecided::NoChoice { name: matrix.name.clone(), tied: 0, objections });
             }
         }
-        Ok(Self { chosen: matrices.into_iter().map(|m| (m.name, choices[0])).collect(), account: None })
+        let chosen = matrices.into_iter().map(|m| (m.name, choices[0])).collect();
+        Ok(Self { chosen, dropped: BTreeSet::new(), account: None })
     }
 }
 
@@ -62,6 +72,7 @@ pub(super) struct Prepared {
     rules: Constraints,
     losses: Vec<Vec<f64>>,
     cost: &'static str,
+    droppable: Vec<Droppable>,
     /// The recipe's bytes of codes, scales and zeros.
     pub bytes: u64,
     beside: Vec<Budget>,
@@ -76,15 +87,21 @@ impl Prepared {
         let losses = matrices.iter().map(|m| losses(m, &choices, table)).collect();
         let cost = table.map_or("assumed", |table| table.cost.name());
         let bytes = budget(allocate, shape, &matrices, &choices);
-        let beside = beside_bytes(allocate, &matrices, &choices, &rules, measured);
+        // What nothing was measured of, nothing is known of dropping.
+        let droppable = match (allocate.drop, table) {
+            (Some(substitute), Some(table)) => droppable(&matrices, &table.dropped, substitute),
+            _ => Vec::new(),
+        };
+        let beside = beside_bytes(allocate, (&matrices, &choices, &droppable), &rules, measured);
         let params = allocate.pmq.unwrap_or_default();
         let by_layer = (allocate.cost == Cost::Pmq && params.scope == pmq::Scope::Layer).then_some(params);
-        Self { matrices, choices, rules, losses, cost, bytes, beside, by_layer }
+        Self { matrices, choices, rules, losses, cost, droppable, bytes, beside, by_layer }
     }
 
     /// The widths within this many bytes.
     pub fn decide(&self, bytes: u64) -> Result<Decision, Undecided> {
-        let case = Case { matrices: &self.matrices, choices: &self.choices, losses: &self.losses, cost: self.cost };
+        let (matrices, choices, losses) = (&self.matrices, &self.choices, &self.losses);
+        let case = Case { matrices, choices, losses, cost: self.cost, droppable: &self.droppable };
         if let Some(params) = &self.by_layer {
             return by_layer::decide(&case, bytes, &self.rules, params);
         }
@@ -113,8 +130,7 @@ fn losses(matrix: &Matrix, choices: &[Choice], table: Option<&Table>) -> Vec<f64
 /// Without calibration every expert counts as used by every token: a plan made from the shape alone is slower than the real one.
 fn beside_bytes(
     allocate: &Allocate,
-    matrices: &[Matrix],
-    choices: &[Choice],
+    (matrices, choices, droppable): (&[Matrix], &[Choice], &[Droppable]),
     rules: &Constraints,
     measured: Option<&Measured>,
 ) -> Vec<Budget> {
@@ -125,7 +141,9 @@ fn beside_bytes(
             choices.iter().map(|c| if here { rules.bytes(m, c) as f64 } else { 0.0 }).collect()
         };
         let what = format!("allocate.devices: bytes of layers {first} to {last}");
-        Budget { what, most: device.bytes.0 as f64, takes: matrices.iter().map(takes).collect() }
+        let dropped = |expert: &Droppable| if (first..=last).contains(&expert.layer) { expert.bytes as f64 } else { 0.0 };
+        let (takes, takes_dropped) = (matrices.iter().map(takes).collect(), droppable.iter().map(dropped).collect());
+        Budget { what, most: device.bytes.0 as f64, takes, takes_dropped }
     };
     let used = |m: &Matrix| {
         let rows = |part: Part| {
@@ -138,7 +156,8 @@ fn beside_bytes(
         let nanoseconds = |bits: u8| speed.kernels.iter().find(|k| k.bits == bits).map_or(f64::NAN, |k| k.nanoseconds_per_million);
         let takes = |m: &Matrix| choices.iter().map(|c| 1e-15 * nanoseconds(c.bits) * m.weights() as f64 * used(m)).collect();
         let what = "allocate.speed: seconds a token".to_owned();
-        Budget { what, most: speed.seconds_per_token, takes: matrices.iter().map(takes).collect() }
+        let (takes, takes_dropped) = (matrices.iter().map(takes).collect(), vec![0.0; droppable.len()]);
+        Budget { what, most: speed.seconds_per_token, takes, takes_dropped }
     };
     allocate.devices.iter().map(device).chain(allocate.speed.iter().map(speed)).collect()
 }

@@ -1,5 +1,6 @@
 //! Every problem of value at once, before any hour is spent.
 
+mod drop;
 mod experts;
 mod fold;
 #[cfg(test)]
@@ -52,6 +53,7 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
         add("export.kernels", "kernels are emitted for what [export.native] writes, and it is not asked for".into(), "add [export.native]");
     }
     found.extend(check_methods(recipe, source));
+    found.extend(drop::check_drop(recipe, source));
     found.extend(experts::check_reduction(recipe, source));
     found.extend(recipe.allocate.iter().flat_map(|allocate| check_widths(allocate, source)));
     if let Some(allocate) = recipe.allocate.as_ref().filter(|a| a.is_mixed() && a.budgets().len() == 1) {
@@ -296,6 +298,7 @@ pub fn check(loaded: &Loaded, shape: &Shape) -> Vec<Problem> {
     let mut found = Vec::new();
     let matrices: Vec<&Tensor> = shape.tensors.iter().filter(|t| t.quantizable().is_some()).collect();
     found.extend(check_ends(allocate, shape, &loaded.source));
+    found.extend(drop::check_experts_to_drop(allocate, shape, &loaded.source));
     let globs = allocate.globs();
     for (i, glob) in globs.iter().enumerate() {
         if !matrices.iter().any(|tensor| glob.matches(&tensor.name)) {

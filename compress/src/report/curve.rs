@@ -143,6 +143,8 @@ mod tests {
             proven: true,
             loss_free: loss / 2.0,
             loss_native: loss / 2.0,
+            dropped: None,
+            loss_whole: None,
             beside: Vec::new(),
         };
         Point { asked: bits, bits, account }

@@ -7,8 +7,9 @@ use calib::stats::LayerStats;
 
 use super::table::{bytes, count, markdown, memory, seconds, table};
 use super::{Cost, Report};
+use crate::allocate::Substitute;
 use crate::allocate::decide::Spent;
-use crate::plan::Summary;
+use crate::plan::{Substituted, Summary};
 use crate::run::{Item, Stage};
 use crate::solved::{By, Refit};
 
@@ -189,6 +190,18 @@ fn allocation(plan: &Summary, form: fn(&[Vec<String>]) -> String) -> String {
         100.0 * account.granularity_gap(),
         account.loss_free,
     );
+    if let Some(dropped) = account.dropped {
+        let whole = account.loss_whole.map_or("does not fit".to_owned(), |loss| format!("would predict {loss:.6}"));
+        text += &format!("{dropped} experts dropped; keeping all of them in the same bytes {whole}\n");
+    }
+    if let Some(Substituted { by, experts, bytes_after, .. }) = &plan.substituted {
+        let list: Vec<String> = experts.iter().map(|(layer, count)| format!("layer {layer}: {count}")).collect();
+        let by = match by {
+            Substitute::Mean => "their mean",
+            Substitute::Zero => "nothing",
+        };
+        text += &format!("dropped experts put out {by} ({}): {}\n", bytes(*bytes_after), list.join(", "));
+    }
     for Spent { what, most, spent, price } in &account.beside {
         text += &format!("{what}: {spent:.6} of {most:.6} spent, {price:.3e} saved by one more\n");
     }

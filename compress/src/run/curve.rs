@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::folder::{Earlier, Stage, remove};
 use super::{Options, Prepared, prepare, run};
 use crate::allocate::sensitivity::Table;
-use crate::allocate::{Account, Allocate};
-use crate::export::{Dense, Exports};
+use crate::allocate::{Account, Allocate, Substitute};
+use crate::export::{Dense, Exports, Native};
 use crate::plan::{self, Measured, Point, Range, Sweep, Tool};
 use crate::recipe::Loaded;
 use crate::report;
@@ -117,14 +117,20 @@ fn measure(
     let out = dir.join("curve").join(format!("{bits:.4}"));
     let mut loaded = loaded.clone();
     loaded.recipe.out = Some(out.clone());
-    loaded.recipe.export = Exports { dense: Some(Dense::default()), ..Exports::default() };
+    // A mean output has a place in the native layout alone.
+    let means = loaded.recipe.allocate.as_ref().is_some_and(|allocate| allocate.drop == Some(Substitute::Mean));
+    loaded.recipe.export = if means {
+        Exports { native: Some(Native::default()), ..Exports::default() }
+    } else {
+        Exports { dense: Some(Dense::default()), ..Exports::default() }
+    };
     if let Some(allocate) = &mut loaded.recipe.allocate {
         (allocate.bits_per_weight, allocate.bytes, allocate.file) = (Some(bits), None, None);
         // The runtime's ties stay; that compressed-tensors is no longer among the exports takes no choice away.
     }
     let inner = out.join("moepress");
     fs_err::create_dir_all(&inner)?;
-    for name in ["stats", "sensitivity.json", "token_weights", "calibrate.done"] {
+    for name in ["stats", "sensitivity.json", "means", "token_weights", "calibrate.done"] {
         copy(&dir.join(name), &inner.join(name))?;
     }
     run(&loaded, &Options { until: Stage::Evaluate, earlier: Earlier::Resume, device, memory }, progress)?;

@@ -195,7 +195,7 @@ impl Folder {
     /// interrupts this leaves a directory that is still ours and counts as unfinished.
     fn discard(&self, from: Stage) -> Result<()> {
         self.undo_from(from)?;
-        let calibrated = ["stats", "sensitivity.json", "token_weights", "moments", "calibrate.done"];
+        let calibrated = ["stats", "sensitivity.json", "means", "token_weights", "moments", "calibrate.done"];
         let kept = |path: &Path| from > Stage::Calibrate && calibrated.iter().any(|name| path.ends_with(name));
         remove(&self.out.join("config.json"))?;
         for entry in fs_err::read_dir(&self.out)? {

@@ -70,7 +70,7 @@ impl Identity {
     }
 
     /// Whether `now` measures the same: its calibration and table of costs are those that this one made, and something after them
-    /// differs. Pruners, budgets, limits, runtime, exports and texts of evaluation are what may differ; without a table of costs, so is
+    /// differs. Pruners, budgets, dropping, limits, runtime, exports and texts of evaluation are what may differ; without a table of costs, so is
     /// everything about the one width.
     pub fn measures_like(&self, now: &Self) -> bool {
         let measured = |identity: &Self| {
@@ -91,7 +91,7 @@ impl Identity {
                     let mixed = budgets.iter().any(|key| allocate.contains_key(*key));
                     budgets
                         .iter()
-                        .chain(&["runtime", "untied", "min_bits", "max_bits", "devices", "speed"])
+                        .chain(&["runtime", "untied", "drop", "min_bits", "max_bits", "devices", "speed"])
                         .for_each(|key| _ = allocate.remove(*key));
                     if !mixed && allocate.get("grid").and_then(Value::as_str) != Some("best") {
                         allocate.clear();

@@ -13,8 +13,9 @@ use calib::stats::Store;
 use calib::{Model, Weights};
 
 use super::folder::{Folder, Stage, remove};
-use crate::allocate::Allocate;
 use crate::allocate::sensitivity::{Solver, Table};
+use crate::allocate::{Allocate, Substitute};
+use crate::constants::{self, Outputs};
 use crate::fold::{self, Request};
 use crate::objective::{Backwards, TokenWeight, TokenWeights};
 use crate::packed::{self, ExpertRounding};
@@ -295,8 +296,24 @@ impl<'a> Work<'a> {
         if self.recipe.reduces() && whole {
             plan.experts = Some(Experts::read(&self.folder.path("experts.json"))?);
         }
+        if whole {
+            self.keep_means(&plan)?;
+        }
         let text = serde_json::to_string_pretty(&plan).map_err(std::io::Error::from)? + "\n";
         write_whole(&self.folder.path("plan.json"), text.as_bytes())
+    }
+
+    /// Keeps the mean outputs of the experts that the plan drops beside it: those of the others go with the table of costs.
+    fn keep_means(&self, plan: &Plan) -> Result<()> {
+        let dir = if self.remakes() { self.remade_dir() } else { self.folder.dir().to_owned() };
+        let mut means = Outputs::new();
+        for ((layer, expert), gone) in apply::gone(self.subject()?.0, plan)? {
+            if gone.by == Substitute::Mean {
+                means.extend(constants::read(&constants::layer_path(&dir, layer), std::iter::once((layer, expert)))?);
+            }
+        }
+        let path = constants::dropped_path(self.folder.dir());
+        if means.is_empty() { remove(&path) } else { constants::write(&path, &means) }
     }
 
     /// What was measured of the model that is compressed; `None` where nothing was.

@@ -14,6 +14,7 @@ use ndarray::{Array2, ArrayView2, Zip};
 
 use crate::Result;
 use crate::allocate::Choice;
+use crate::allocate::drop::Costs;
 use crate::allocate::sensitivity::{Losses, Shared, Solver, Wanted};
 use crate::quantize::pmq::trial;
 
@@ -142,6 +143,32 @@ pub(super) fn output(judge: &Judge<'_>, mlp: &Mlp, entered: &Entered, which: Pro
     shared.judge(w.view(), scale, judge.wanted, &loss)
 }
 
+/// What dropping an MLP loses, measured at its output, and its mean output with the weights `c²`, `[hidden]`; sums over tokens are
+/// multiplied by `unit`.
+pub(super) fn dropped(mlp: &Mlp, entered: &Entered, unit: f64) -> (Costs, Vec<f32>) {
+    let (chunks, squared) = (entered.chunks(mlp.gate.ncols()), entered.squared_weights());
+    let outputs = || {
+        let out = |(first, x): &(usize, Array2<f32>)| (*first, product(mlp.inner(x.view()).product.view(), mlp.down.t()));
+        chunks.iter().map(out)
+    };
+    let (mut sums, mut weight) = (vec![0.0; mlp.down.nrows()], 0.0);
+    for (first, out) in outputs() {
+        for (row, &c2) in out.rows().into_iter().zip(&squared[first..]) {
+            weight += f64::from(c2);
+            sums.iter_mut().zip(row).for_each(|(sum, &y)| *sum += f64::from(c2) * f64::from(y));
+        }
+    }
+    let mean: Vec<f64> = sums.iter().map(|sum| if weight > 0.0 { sum / weight } else { 0.0 }).collect();
+    let mut costs = Costs { zero: 0.0, mean: 0.0 };
+    for (first, out) in outputs() {
+        for (row, &c2) in out.rows().into_iter().zip(&squared[first..]) {
+            costs.zero += unit * f64::from(c2) * row.iter().map(|&y| f64::from(y).powi(2)).sum::<f64>();
+            costs.mean += unit * f64::from(c2) * row.iter().zip(&mean).map(|(&y, m)| (f64::from(y) - m).powi(2)).sum::<f64>();
+        }
+    }
+    (costs, mean.into_iter().map(|m| m as f32).collect())
+}
+
 /// `pmq`: `ε` of an MLP for every choice, `[choices]`; a batch is `batch` tokens.
 pub(super) fn epsilon(choices: &[Choice], mlp: &Mlp, entered: &Entered, batch: usize) -> Result<Losses> {
     let (chunks, squared) = (entered.chunks(mlp.gate.ncols()), entered.squared_weights());
@@ -218,6 +245,25 @@ mod tests {
             assert!(rounded.is_empty());
             assert!((solved[0].unwrap() / expected - 1.0).abs() < 1e-4, "{which:?}: {solved:?} is not {expected}");
         }
+    }
+
+    #[test]
+    fn what_dropping_costs_is_what_its_moments_say() {
+        let (mlp, entered) = case();
+        let x = ArrayView2::from_shape((1500, 16), &entered.rows).unwrap();
+        let mut inner = Moment::new(32);
+        inner.add(mlp.inner(x).product.view(), Some(&entered.squared_weights()));
+        let (first, h) = (inner.first().clone(), inner.into_matrix());
+        let expected = Costs::of(mlp.down.view(), &h, &first, None, 0.5);
+        let (costs, mean) = dropped(&mlp, &entered, 0.5);
+        assert!(
+            (costs.zero / expected.zero - 1.0).abs() < 1e-4 && (costs.mean / expected.mean - 1.0).abs() < 1e-4,
+            "{costs:?} {expected:?}"
+        );
+        assert!(costs.mean < costs.zero);
+        let same = mean.iter().zip(crate::allocate::drop::mean_output(mlp.down.view(), &first)).all(|(a, b)| (a - b).abs() < 1e-5);
+        assert!(same, "{mean:?}");
+        assert_eq!(dropped(&mlp, &Entered::default(), 0.5), (Costs { zero: 0.0, mean: 0.0 }, vec![0.0; 16]));
     }
 
     #[test]

@@ -65,6 +65,21 @@ fn an_expert_that_no_token_reached_costs_something_and_less_than_one_that_many_d
         assert_eq!(table.cost.name(), cost);
         let unseen: Vec<_> = loads.iter().filter(|(_, n)| **n == 0).map(|(at, _)| *at).collect();
         assert!(!unseen.is_empty() && loads.values().any(|n| *n > 1), "{loads:?}");
+        let dropped = |at: &(usize, usize)| table.dropped[&format!("model.layers.{}.mlp.experts.{}.down_proj.weight", at.0, at.1)];
+        assert_eq!(table.dropped.len(), loads.len());
+        for at in loads.keys() {
+            let [two, _] = of(&table, *at, "down");
+            assert!(
+                0.0 <= dropped(at).mean && dropped(at).mean <= dropped(at).zero && two < dropped(at).zero,
+                "{cost}: {at:?} {:?}",
+                dropped(at)
+            );
+        }
+        let mean_of = |which: &dyn Fn(u64) -> bool| {
+            let found: Vec<f64> = loads.iter().filter(|(_, n)| which(**n)).map(|(at, _)| dropped(at).zero).collect();
+            found.iter().sum::<f64>() / found.len() as f64
+        };
+        assert!(0.0 < mean_of(&|n| n == 0) && mean_of(&|n| n == 0) < mean_of(&|n| n > 1), "{cost}");
         for projection in ["gate", "up", "down"] {
             for at in &unseen {
                 let [two, four] = of(&table, *at, projection);

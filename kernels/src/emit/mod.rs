@@ -36,6 +36,8 @@ pub struct Layer {
     pub index: usize,
     /// Name of the arena of gate and up in the checkpoint, without `.arena`, and its table; of down.
     pub projections: [(String, Arena); 2],
+    /// Experts that the router chooses and no arena holds: they put out constants, which the kernels do not add.
+    pub constants: Vec<usize>,
 }
 
 /// What the kernels are written for.
@@ -146,11 +148,15 @@ fn manifest(model: &Model, files: &BTreeMap<&str, String>, golden: &str) -> serd
         found
     };
     let projection = |(name, arena): &(String, Arena)| json!({ "tensor": name, "bytes": arena.bytes, "widths": histogram(arena) });
-    let layers: Vec<_> = model
-        .layers
-        .iter()
-        .map(|layer| json!({ "layer": layer.index, "gate_up": projection(&layer.projections[0]), "down": projection(&layer.projections[1]) }))
-        .collect();
+    let layer = |layer: &Layer| {
+        let [gate_up, down] = layer.projections.each_ref().map(projection);
+        let mut said = json!({ "layer": layer.index, "gate_up": gate_up, "down": down });
+        if !layer.constants.is_empty() {
+            said["constants"] = json!(layer.constants);
+        }
+        said
+    };
+    let layers: Vec<_> = model.layers.iter().map(layer).collect();
     let entry_points: Vec<String> = ["bf16", "f16"]
         .into_iter()
         .flat_map(|t| {

@@ -68,7 +68,7 @@ fn case() -> Case {
         experts.iter().enumerate().for_each(|(e, packed)| arena.fill(&mut arenas[p], e as u32, &packed[p]).unwrap());
         (format!("l.{p}"), arena)
     });
-    let layers = vec![Layer { index: 0, projections }];
+    let layers = vec![Layer { index: 0, projections, constants: Vec::new() }];
     Case { model: Model { family: "test".into(), sizes: SIZES, experts: 7, top_k: 3, layers }, arenas, experts }
 }
 

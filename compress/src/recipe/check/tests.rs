@@ -261,3 +261,34 @@ fn what_a_runtime_ties_is_excluded_whole_or_not_at_all() {
     assert!(with("x.1.Gate*", "native").contains("the 2 matrices"));
     assert_eq!([with("x.*", "vllm"), with("x.1.*", "native"), with("x.1.Gate*", "transformers4")], [""; 3]);
 }
+
+#[test]
+fn dropping_goes_with_few_things() {
+    let with = |allocate: &str, more: &str| {
+        let text = GOOD.replace("bits = 4\n", allocate).replace("[export.dense]\n", more);
+        said(&text, None).join("\n")
+    };
+    let good = "bits_per_weight = 3.0\nruntime = \"native\"\ndrop = \"mean\"\n";
+    assert_eq!(with(good, "[export.native]\n"), "");
+    let zero = good.replace("mean", "zero");
+    assert_eq!(with(&zero, "[export.native]\n[export.dense]\n"), "");
+    assert_eq!(with(&zero.replace("runtime = \"native\"\n", ""), "[export.dense]\n"), "");
+    for (allocate, more, part) in [
+        (good, "[export.native]\n[export.dense]\n", "a dense expert has no bias that could hold its mean output; use [export.native]"),
+        (good, "[export.native]\n[export.compressed_tensors]\n", "it has no form for a dropped expert"),
+        (good, "[export.native]\n[refine.learned]\n", "steps run every expert as it was"),
+        (&good.replace("native", "vllm"), "[export.dense]\n", "runtime vllm runs every expert that its router chooses"),
+        (&format!("{good}cost = \"pmq\"\n"), "[export.native]\n", "the cost pmq has no unit for what an expert puts out"),
+        ("bits = 4\ndrop = \"zero\"\n", "[export.native]\n", "one width for all leaves no bytes to gain"),
+    ] {
+        let said = with(allocate, more);
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    // The shape of this module's tests has routed experts; without them there is nothing to drop.
+    let text = GOOD.replace("bits = 4\n", good).replace("[export.dense]", "[export.native]");
+    let mut dense = shape();
+    let of = |dense: &Shape| said(&text, Some(dense)).join("\n").contains("this model has no routed experts");
+    assert!(!of(&dense));
+    dense.tensors.retain(|tensor| !matches!(tensor.role, Role::Layer(_, Part::Expert(..))));
+    assert!(of(&dense));
+}
