@@ -73,7 +73,7 @@ def main():
     if args.keep:
         keep("ptx/mq_moe.compute_80.ptx", "compute_80", compile_for(nvrtc, source, "compute_80", "ptx").rstrip(b"\0"))
         manifest = args.file.parent / "manifest.json"
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"compiled": kept}, indent=2) + "\n")
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"compiled": kept, "not_compiled": None}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -93,4 +93,14 @@ pub enum Error {
         /// What is wrong, with its numbers.
         what: String,
     },
+
+    // ---- nvrtc ----
+    /// NVRTC, or what is taken for it, does not do what it is asked for.
+    #[error("{} {what}", path.display())]
+    Nvrtc {
+        /// The library.
+        path: std::path::PathBuf,
+        /// What it does not do, with its own words.
+        what: String,
+    },
 }

@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::allocate::Size;
+use crate::export::Arch;
 use crate::plan::Range;
 
 /// Compresses Mixture-of-Experts checkpoints after training.
@@ -184,6 +185,13 @@ pub(super) struct InspectArgs {
 pub(super) struct EmitArgs {
     /// The native checkpoint, or the output directory that holds one
     pub out: PathBuf,
+    /// Compile for these alone; `--archs` with nothing behind it compiles nothing
+    #[arg(long, value_name = "ARCH,...", value_delimiter = ',', num_args = 0.., require_equals = true, hide_possible_values = true,
+          default_value = "sm_80,sm_86,sm_89,sm_90a,sm_100a,sm_120")]
+    pub archs: Vec<Arch>,
+    /// The NVRTC library to compile with, instead of what MOEPRESS_NVRTC names or the system has
+    #[arg(long, value_name = "PATH")]
+    pub nvrtc: Option<PathBuf>,
     #[command(flatten)]
     pub format: Json,
 }

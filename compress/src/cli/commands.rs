@@ -18,6 +18,7 @@ use super::console::Console;
 use super::imatrix;
 use super::inspect::{self, Detail};
 use super::stats::stats;
+use crate::export::Kernels;
 use crate::packed::{self, ExpertRounding};
 use crate::plan::{self, Experts, Shape, Tool};
 use crate::recipe::{self, Loaded};
@@ -62,15 +63,9 @@ fn show(args: &InspectArgs, global: &Global) -> Result<String> {
 }
 
 fn emit(args: &EmitArgs) -> Result<String> {
-    let packed::emit::Emitted { dir, files, widths, layers } = packed::emit::emit(&args.out)?;
-    if args.format.json {
-        return pretty(&json!({ "dir": dir, "files": files, "widths": widths, "layers": layers, "compiled": [] }));
-    }
-    let widths = widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
-    Ok(format!(
-        "{}: {files} files for {layers} layers at {widths} bits; nothing is compiled yet (moepress_kernels/compile.py does that)\n",
-        dir.display()
-    ))
+    let knobs = Kernels { archs: args.archs.clone(), nvrtc: args.nvrtc.clone() };
+    let emitted = packed::emit::emit(&args.out, &knobs)?;
+    if args.format.json { pretty(&emitted) } else { Ok(format!("{emitted}\n")) }
 }
 
 fn load(args: &RecipeArgs) -> Result<Loaded> {

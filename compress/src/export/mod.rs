@@ -7,6 +7,7 @@
 //!
 //! Exporters know nothing of plans: [`Contents`] lists what there is to write, [`Source`] hands it out, one tensor at a time.
 
+pub mod compiled;
 pub mod compressed_tensors;
 pub mod config;
 pub mod dense;
@@ -28,6 +29,7 @@ use kernels::{Group, QuantizedMatrix, ScaleType};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use compiled::{Arch, Kernels};
 pub use place::claim;
 
 use crate::{Error, Result};
@@ -66,11 +68,6 @@ pub struct CompressedTensors {}
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Native {}
-
-/// Knobs of the emitted kernels: none.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Kernels {}
 
 /// Knobs of the dense export: none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -8,13 +8,14 @@ use calib::checkpoint::Checkpoint;
 use kernels::emit::{FileSet, Layer, Model};
 
 use super::{ExpertRounding, Packed, is_packed};
+use crate::export::Kernels;
 use crate::{Error, Result};
 
 /// The folder beside the weights.
 const FOLDER: &str = "kernels";
 
 /// What was emitted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Emitted {
     /// Where.
     pub dir: PathBuf,
@@ -24,20 +25,37 @@ pub struct Emitted {
     pub widths: Vec<u8>,
     /// Layers that they serve.
     pub layers: usize,
+    /// What they are compiled for.
+    pub compiled: Vec<String>,
+    /// What is not compiled that could be, and why.
+    pub not_compiled: Option<String>,
+}
+
+impl std::fmt::Display for Emitted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let widths = self.widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+        write!(f, "{}: {} files for {} layers at {widths} bits, ", self.dir.display(), self.files, self.layers)?;
+        match self.compiled.is_empty() {
+            true => write!(f, "not compiled")?,
+            false => write!(f, "compiled for {}", self.compiled.join(", "))?,
+        }
+        self.not_compiled.iter().try_for_each(|why| write!(f, " ({why})"))
+    }
 }
 
 /// Writes the kernels of the native checkpoint in `out`, or in its folder `native`, into the folder `kernels` beside its weights.
 ///
 /// # Errors
 ///
-/// [`Error::Packed`] if there is no native checkpoint, or the folder is there already; [`Error::Codes`] for what the kernels have no form for.
-pub fn emit(out: &Path) -> Result<Emitted> {
+/// [`Error::Packed`] if there is no native checkpoint, or the folder is there already; [`Error::Codes`] for what the kernels have no form for,
+/// or if they do not compile.
+pub fn emit(out: &Path, knobs: &Kernels) -> Result<Emitted> {
     let beside = out.join("native");
     let dir = if beside.join("config.json").is_file() { beside } else { out.to_owned() };
     if dir.join(FOLDER).exists() {
         return Err(Error::Packed { dir, what: "it has a folder `kernels`, and nothing is overwritten; remove that first".to_owned() });
     }
-    emit_beside(&dir)
+    emit_beside(&dir, knobs)
 }
 
 /// Writes the kernels of the native checkpoint in `dir` beside its weights, in the place of those of earlier weights.
@@ -45,16 +63,19 @@ pub fn emit(out: &Path) -> Result<Emitted> {
 /// # Errors
 ///
 /// As [`emit`], but for the folder that is there already.
-pub fn emit_beside(dir: &Path) -> Result<Emitted> {
+pub fn emit_beside(dir: &Path, knobs: &Kernels) -> Result<Emitted> {
     let checkpoint = Checkpoint::open(dir)?;
     if !is_packed(checkpoint.config()) {
         let what = "there is nothing packed in it; kernels are emitted for what [export.native] writes".to_owned();
         return Err(Error::Packed { dir: dir.to_owned(), what });
     }
     let model = model(&Packed::new(checkpoint, ExpertRounding::None)?)?;
-    let files = kernels::emit::emit(&model)?;
+    let images = knobs.images(&kernels::emit::source(&model))?;
+    let files = kernels::emit::emit(&model, &images)?;
     write(dir, &files)?;
-    Ok(Emitted { dir: dir.join(FOLDER), files: files.len(), widths: model.widths(), layers: model.layers.len() })
+    let compiled = images.compiled.into_iter().map(|image| image.arch).collect();
+    let (dir, layers) = (dir.join(FOLDER), model.layers.len());
+    Ok(Emitted { dir, files: files.len(), widths: model.widths(), layers, compiled, not_compiled: images.left_out })
 }
 
 /// Takes away kernels that were written for other weights; says whether there were any.

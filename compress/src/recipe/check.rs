@@ -15,6 +15,7 @@ use kernels::Group;
 use super::beside::{check_beside, check_pmq};
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
 use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
+use crate::export::Kernels;
 use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
 use crate::quantize::{Grid, Quantizer, Refine, learned};
@@ -51,6 +52,9 @@ pub fn check_values(loaded: &Loaded) -> Vec<Problem> {
     }
     if recipe.export.kernels.is_some() && recipe.export.native.is_none() {
         add("export.kernels", "kernels are emitted for what [export.native] writes, and it is not asked for".into(), "add [export.native]");
+    }
+    if let Some(what) = recipe.export.kernels.as_ref().and_then(Kernels::objection) {
+        add("export.kernels", what, "name another library with export.kernels.nvrtc, or write archs = [] to compile nothing");
     }
     found.extend(check_methods(recipe, source));
     found.extend(drop::check_drop(recipe, source));

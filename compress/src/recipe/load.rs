@@ -166,7 +166,8 @@ impl Recipe {
         let (model, out) = (self.model.iter_mut(), self.out.iter_mut());
         let corpus = self.calibrate.iter_mut().flat_map(|c| &mut c.corpus).map(|source| &mut source.path);
         let text = self.evaluate.iter_mut().flat_map(|e| &mut e.text);
-        model.chain(out).chain(corpus).chain(text).for_each(f);
+        let nvrtc = self.export.kernels.iter_mut().flat_map(|kernels| &mut kernels.nvrtc);
+        model.chain(out).chain(corpus).chain(text).chain(nvrtc).for_each(f);
     }
 }
 

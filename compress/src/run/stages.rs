@@ -354,9 +354,12 @@ impl<'a> Work<'a> {
             if written.format != "native" {
                 continue;
             }
-            if self.recipe.export.kernels.is_some() {
-                let emitted = packed::emit::emit_beside(&written.dir)?;
-                tracing::info!("{} files of kernels in {}", emitted.files, emitted.dir.display());
+            if let Some(knobs) = &self.recipe.export.kernels {
+                let emitted = packed::emit::emit_beside(&written.dir, knobs)?;
+                match emitted.not_compiled.is_some() {
+                    true => tracing::warn!("{emitted}"),
+                    false => tracing::info!("{emitted}"),
+                }
             } else if packed::emit::remove(&written.dir)? {
                 tracing::warn!("the kernels of earlier weights are taken away; `moepress emit` writes new ones");
             }

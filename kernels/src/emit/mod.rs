@@ -2,12 +2,14 @@
 //!
 //! The CUDA C++ stands in real files (`kernels/cuda`); what is emitted is a block of constants and those files in one translation unit
 //! without includes, which NVRTC compiles for every architecture from sm_80 on, g++ for the tests; beside it a C interface with a loader
-//! that needs `cc` alone, a Python package, and a manifest. Nothing is compiled here: `"compiled": []`, and the loader compiles `mq_moe.cu`
-//! at first use, or takes the cubins that `python/compile.py` makes.
+//! that needs `cc` alone, a Python package, and a manifest. Machine code comes from [`crate::nvrtc`] and is put beside it; where it could
+//! not be made the manifest says `"compiled": []` and why, and the loader compiles `mq_moe.cu` at first use, or takes the cubins that
+//! `python/compile.py` makes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use crate::layout::table::Arena;
 use crate::layout::{self, Packed, Rows};
@@ -53,6 +55,54 @@ pub struct Model {
     pub top_k: usize,
     /// Layers whose experts lie in arenas.
     pub layers: Vec<Layer>,
+}
+
+/// What machine code is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// For one architecture.
+    Cubin,
+    /// Text that a driver compiles for whatever it drives.
+    Ptx,
+}
+
+/// The kernels compiled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// For what, as NVRTC names it: `sm_90a`, `compute_80`.
+    pub arch: String,
+    /// In what.
+    pub kind: Kind,
+    /// The file.
+    pub bytes: Vec<u8>,
+    /// Release of the compiler, such as `12.8`.
+    pub nvrtc: String,
+}
+
+impl Image {
+    /// Where it lies below the emitted folder: where the loader looks for it.
+    pub fn file(&self) -> String {
+        match self.kind {
+            Kind::Cubin => format!("cubin/mq_moe.{}.cubin", self.arch),
+            Kind::Ptx => format!("ptx/mq_moe.{}.ptx", self.arch),
+        }
+    }
+}
+
+/// Everything that was compiled, and why the rest was not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Images {
+    /// In the order of the manifest.
+    pub compiled: Vec<Image>,
+    /// What is not there that could be, and why.
+    pub left_out: Option<String>,
+}
+
+impl Images {
+    /// No machine code, for this reason.
+    pub fn none(reason: impl Into<String>) -> Self {
+        Self { compiled: Vec::new(), left_out: Some(reason.into()) }
+    }
 }
 
 impl Model {
@@ -115,12 +165,12 @@ pub fn source(model: &Model) -> String {
     [constants(model).as_str(), DEVICE, DEQUANT, MOE].join("\n")
 }
 
-/// Everything that is written for a checkpoint.
+/// Everything that is written for a checkpoint. `images` are [`source`] of the same model compiled.
 ///
 /// # Errors
 ///
 /// [`Error::Holds`] for what the kernels have no form for: no arenas, gate and up apart, an odd side.
-pub fn emit(model: &Model) -> Result<FileSet> {
+pub fn emit(model: &Model, images: &Images) -> Result<FileSet> {
     model.check()?;
     let constants = constants(model).replace("// Written", "/* Written").replace("editing it.\n", "editing it. */\n");
     let mut files = FileSet::new();
@@ -135,13 +185,14 @@ pub fn emit(model: &Model) -> Result<FileSet> {
     add("python/pyproject.toml", PYPROJECT.to_owned());
     let golden = golden(&model.widths())?;
     let hashes: BTreeMap<&str, String> = files.iter().map(|(path, bytes)| (path.as_str(), fnv(bytes))).collect();
-    let manifest = manifest(model, &hashes, &fnv(&golden));
+    let manifest = manifest(model, images, &hashes, &fnv(&golden));
     files.insert("tests/golden.json".to_owned(), golden);
     files.insert("manifest.json".to_owned(), format!("{manifest:#}\n").into_bytes());
+    files.extend(images.compiled.iter().map(|image| (image.file(), image.bytes.clone())));
     Ok(files)
 }
 
-fn manifest(model: &Model, files: &BTreeMap<&str, String>, golden: &str) -> serde_json::Value {
+fn manifest(model: &Model, images: &Images, files: &BTreeMap<&str, String>, golden: &str) -> serde_json::Value {
     let histogram = |arena: &Arena| {
         let mut found: BTreeMap<String, usize> = BTreeMap::new();
         arena.entries.iter().for_each(|entry| *found.entry(entry.form.bits.to_string()).or_default() += 1);
@@ -165,6 +216,10 @@ fn manifest(model: &Model, files: &BTreeMap<&str, String>, golden: &str) -> serd
         })
         .chain(["mq_route".to_owned()])
         .collect();
+    let compiled = |image: &Image| {
+        let sha256 = Sha256::digest(&image.bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        json!({ "arch": image.arch, "file": image.file(), "sha256": sha256, "nvrtc": image.nvrtc })
+    };
     json!({
         "abi": ABI,
         "layout": layout::NAME,
@@ -177,7 +232,8 @@ fn manifest(model: &Model, files: &BTreeMap<&str, String>, golden: &str) -> serd
         "threads": 128,
         "tokens_per_item": { "1": 8, "2": 16, "4": 32 },
         "entry_points": entry_points,
-        "compiled": [],
+        "compiled": images.compiled.iter().map(compiled).collect::<Vec<_>>(),
+        "not_compiled": images.left_out,
         "layers": layers,
         "fnv64": files,
         "golden_fnv64": golden,
