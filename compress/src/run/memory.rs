@@ -87,7 +87,7 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
             peak = peak.max(back).max(table + hidden + 3 * 4 * LOGITS as u64);
         }
         found.push(("calibrate", PROGRAM + peak));
-        if matches!(recipe.quantize, Some(Quantizer::Gptq(_))) {
+        if recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let solve = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + solver(spec, layer, in_flight));
             found.push(("apply", PROGRAM + solve.max(table + hidden)));
             if let Some(Refine::Learned(params)) = &recipe.refine {
