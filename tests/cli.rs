@@ -199,6 +199,24 @@ fn a_run_reports_and_is_done_once() {
 }
 
 #[test]
+fn mc_moes_codes_are_solved_where_its_grid_is() {
+    let place = Place::new();
+    let recipe = small_recipe("pmq").replace("[export.compressed_tensors]\n", "");
+    place.write("r.toml", &recipe.replace("bits = 4\n", "bits = 2\ngrid = \"offset\"\n"));
+    let none = place.said(&["check", "r.toml", "--set", "allocate.grid=\"sym\"", "--set", "refine.descent={}"]);
+    assert!(none.contains("pmq has real zeros, and 2 bits sym, group 128 has none"), "{none}");
+    assert!(none.contains("refined codes would no longer be those of MC-MoE") && none.contains("--- exit 2"), "{none}");
+    place.done(&["run", "r.toml", "--quiet", "--set", "allocate.exclude=[\"*.up_proj\", \"*.gate_proj\"]"]);
+    let report: serde_json::Value =
+        serde_json::from_str(&fs_err::read_to_string(place.path().join("out/moepress/report.json")).unwrap()).unwrap();
+    let matrices = report["solved"]["matrices"].as_object().unwrap();
+    assert!(matrices.keys().eq(["pmq"]) && matrices["pmq"].as_u64().unwrap() > 10, "{matrices:?}");
+    // Two bits, a scale and a real zero of 16 bits a group of 128.
+    assert!((report["bits_per_weight"].as_f64().unwrap() - 2.25).abs() < 0.1, "{}", report["bits_per_weight"]);
+    assert!(report["solved"]["loss"].as_f64().unwrap() > 0.0 && report["evaluation"]["all"]["kl"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
 fn kernels_come_with_a_native_output_and_go_with_its_weights() {
     let place = Place::new();
     let recipe =

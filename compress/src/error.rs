@@ -113,6 +113,15 @@ pub enum Error {
         grid: crate::quantize::Grid,
     },
 
+    /// A grid that MC-MoE's quantizer does not have.
+    #[error("pmq has real zeros and at 1 bit none, not the grid {grid:?} at {bits} bits; use it on the grid offset, at 1 bit on half")]
+    PmqGrid {
+        /// Bits a code.
+        bits: u8,
+        /// The grid.
+        grid: crate::quantize::Grid,
+    },
+
     /// A grid without a zero point for a method that fits one.
     #[error("hqq fits a zero point, which the grid {grid:?} does not have; use it on the grids asym or offset")]
     HqqGrid {

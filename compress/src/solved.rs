@@ -91,6 +91,8 @@ pub enum By {
     GptqDescent,
     /// Learned from GPTQ's codes, with or without a descent between.
     GptqLearned,
+    /// The codes of MC-MoE's variant of GPTQ.
+    Pmq,
     /// Rounded, because behind compressed layers no token reached its expert any more.
     RtnUnreached,
 }

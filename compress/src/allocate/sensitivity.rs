@@ -26,7 +26,7 @@ use super::drop::Costs;
 use super::knobs::{Choice, Cost, Fill};
 use crate::Result;
 use crate::quantize::factor::{Factor, factorize};
-use crate::quantize::{Quantizer, Refine, descent, gptq, hqq, rtn};
+use crate::quantize::{Quantizer, Refine, descent, gptq, hqq, pmq, rtn};
 
 /// Losses of one matrix, `[choices]`; `None` where the choice does not fit the matrix.
 pub type Losses = Vec<Option<f64>>;
@@ -270,6 +270,8 @@ impl<'a> Shared<'a> {
         Ok(match self.solver.quantizer {
             Quantizer::Rtn(params) => rtn::rtn(w, width, params)?,
             Quantizer::Hqq(_) => hqq::hqq(w, width)?,
+            // It has no factor to share: whatever is wanted, it is solved.
+            Quantizer::Pmq(_) => pmq::gptq(w, self.h.view(), width)?.matrix,
             Quantizer::Gptq(params) => rtn::rtn_weighted(w, &self.diagonal, width, &rtn::Params { clips: params.clips })?,
         }
         .dequantize())

@@ -265,7 +265,7 @@ fn rounding(plan: &Plan) -> rtn::Params {
     match &plan.quantizer {
         Some(Quantizer::Rtn(params)) => params.clone(),
         Some(Quantizer::Gptq(params)) => rtn::Params { clips: params.clips },
-        Some(Quantizer::Hqq(_)) | None => rtn::Params::default(),
+        Some(Quantizer::Hqq(_) | Quantizer::Pmq(_)) | None => rtn::Params::default(),
     }
 }
 

@@ -25,9 +25,9 @@ use super::work::Job;
 use crate::blend::{self, LayerRows};
 use crate::objective::{Rows, TokenWeights};
 use crate::plan::Plan;
-use crate::quantize::factor::factorize;
+use crate::quantize::factor::{Factor, factorize};
 use crate::quantize::rtn::{self, rtn};
-use crate::quantize::{Kept, Quantizer, Refine, descent, gptq};
+use crate::quantize::{Kept, Quantizer, Refine, Solved, descent, gptq, pmq};
 use crate::repair::propagate::toward;
 use crate::repair::{Order, Repair};
 use crate::solved::{Account, By, LayerFile, Report};
@@ -36,7 +36,7 @@ use crate::{Error, Result};
 /// Solves the matrices of one layer while tokens pass through it.
 pub struct Solver<'a> {
     model: &'a Model,
-    params: &'a gptq::Params,
+    method: Method<'a>,
     refine: Option<&'a Refine>,
     /// Which tokens the experts' moments are over.
     experts: Through,
@@ -60,6 +60,13 @@ pub struct Solver<'a> {
     store: Option<&'a WriteMoments>,
 }
 
+/// Who solves.
+#[derive(Clone, Copy)]
+enum Method<'a> {
+    Gptq(&'a gptq::Params),
+    Pmq,
+}
+
 /// The cross moment of one site.
 struct Cross {
     sums: Array2<f32>,
@@ -79,7 +86,11 @@ impl<'a> Solver<'a> {
         file: &'a LayerFile,
         weights: &TokenWeights,
     ) -> Result<Option<Self>> {
-        let Some(Quantizer::Gptq(params)) = &plan.quantizer else { return Ok(None) };
+        let method = match &plan.quantizer {
+            Some(Quantizer::Gptq(params)) => Method::Gptq(params),
+            Some(Quantizer::Pmq(_)) => Method::Pmq,
+            Some(Quantizer::Rtn(_) | Quantizer::Hqq(_)) | None => return Ok(None),
+        };
         let mut by_site: BTreeMap<Site, Vec<&Job<'_>>> = BTreeMap::new();
         for job in jobs.iter().filter(|job| job.needs_tokens(plan)) {
             if let Some(site) = job.site {
@@ -92,7 +103,7 @@ impl<'a> Solver<'a> {
         let rows = Rows::new(&plan.objective, model, layer, weights)?;
         Ok(Some(Self {
             model,
-            params,
+            method,
             refine: plan.refine.as_ref(),
             experts: plan.through,
             file,
@@ -194,18 +205,16 @@ impl<'a> Solver<'a> {
         let cross = self.cross(site, &moment).filter(|_| !jobs.iter().any(|job| job.is_blended()));
         let moment = moment.into_matrix();
         let first = jobs.first().map_or("", |job| job.name);
-        let factor = factorize(moment.view(), &groups, self.params).map_err(|source| named(first, source))?;
+        let factor = match self.method {
+            Method::Gptq(params) => Some((params, factorize(moment.view(), &groups, params).map_err(|source| named(first, source))?)),
+            Method::Pmq => None,
+        };
         for job in jobs {
             let mut w = self.model.matrix(job.role)?;
             if let Some((cross, alpha)) = &cross {
                 w = toward(w.view(), cross.view(), moment.view(), *alpha)?;
             }
-            let mut solved = gptq::gptq(w.view(), &factor, &job.how.width(), self.params).map_err(|source| named(job.name, source))?;
-            let mut by = if solved.kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
-            if let Some(params) = self.refine.and_then(Refine::descent) {
-                let descended = descent::descent(w.view(), &solved.matrix, moment.view(), factor.lambda(), &params)?;
-                (solved.matrix, solved.loss, by) = (descended.matrix, descended.after, By::GptqDescent);
-            }
+            let (solved, by) = self.codes(w.view(), moment.view(), factor.as_ref(), job).map_err(|source| named(job.name, source))?;
             if let Some(kept) = &self.kept {
                 kept.lock().unwrap_or_else(PoisonError::into_inner).insert(job.role, solved.matrix.dequantize());
             }
@@ -216,6 +225,30 @@ impl<'a> Solver<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// What GPTQ needs, where it is who solves.
+type Shared<'a> = (&'a gptq::Params, Factor);
+
+impl Solver<'_> {
+    /// The codes of one matrix, and whose they are.
+    fn codes(
+        &self,
+        w: ArrayView2<'_, f32>,
+        moment: ArrayView2<'_, f32>,
+        shared: Option<&Shared<'_>>,
+        job: &Job<'_>,
+    ) -> Result<(Solved, By)> {
+        let width = job.how.width();
+        let Some((params, factor)) = shared else { return Ok((pmq::gptq(w, moment, &width)?, By::Pmq)) };
+        let solved = gptq::gptq(w, factor, &width, params)?;
+        let Some(params) = self.refine.and_then(Refine::descent) else {
+            let by = if solved.kept == Kept::Gptq { By::Gptq } else { By::GptqKeptRtn };
+            return Ok((solved, by));
+        };
+        let descended = descent::descent(w, &solved.matrix, moment, factor.lambda(), &params)?;
+        Ok((Solved { matrix: descended.matrix, loss: descended.after, ..solved }, By::GptqDescent))
     }
 }
 
@@ -231,8 +264,12 @@ impl Solver<'_> {
         if self.repair.order == Order::Independent {
             return Err(Error::Unreached { name: jobs.first().map_or_else(String::new, |job| job.name.to_owned()) });
         }
+        let params = match self.method {
+            Method::Gptq(params) => rtn::Params { clips: params.clips },
+            Method::Pmq => rtn::Params::default(),
+        };
         for job in jobs {
-            let matrix = rtn(self.model.matrix(job.role)?.view(), &job.how.width(), &rtn::Params { clips: self.params.clips })?;
+            let matrix = rtn(self.model.matrix(job.role)?.view(), &job.how.width(), &params)?;
             self.file.put(job.name, &matrix, &Report { by: By::RtnUnreached, solved: None, learned: None })?;
         }
         Ok(())

@@ -148,7 +148,7 @@ impl Layer<'_> {
         let clips = match quantizer {
             Quantizer::Rtn(params) => params.clips,
             Quantizer::Gptq(params) => params.clips,
-            Quantizer::Hqq(_) => 1,
+            Quantizer::Hqq(_) | Quantizer::Pmq(_) => 1,
         };
         let mut errors = vec![0.0; alphas.len()];
         for (part, scale_type) in targets {

@@ -129,12 +129,14 @@ pub enum Quantizer {
     Hqq(hqq::Params),
     /// GPTQ: each column's error is made up for by the columns after it.
     Gptq(gptq::Params),
+    /// MC-MoE's variant of GPTQ, for comparison with what it published: worse than `gptq` at 3 bits and below.
+    Pmq(pmq::Params),
 }
 
 impl Quantizer {
     /// Whether it solves against second moments of a calibration pass.
     pub fn needs_calibration(&self) -> bool {
-        matches!(self, Self::Gptq(_))
+        matches!(self, Self::Gptq(_) | Self::Pmq(_))
     }
 }
 
@@ -172,7 +174,7 @@ pub struct Loss {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kept {
-    /// GPTQ's.
+    /// GPTQ's, or those of MC-MoE's variant.
     Gptq,
     /// Those of rounding to nearest on the same scales, because GPTQ's loss in the damped second moment was above theirs.
     Rtn,

@@ -6,19 +6,27 @@
 //! [`trial`], behind `ε_{e,b}`: rounding to nearest on the range with 0 forced into it, `s = (max − min)/(2^b − 1)`,
 //! `z = round(−min/s)`; at 1 bit `ŵ = mean|w|·sign(w)` with `sign(0) = +1`.
 //!
-//! [`gptq`]: columns in their own order, a real zero `z = −min/s`, both ends of the range scaled by the one of 101 factors between 0.9
+//! [`gptq`], `[quantize.pmq]`: columns in their own order, a real zero `z = −min/s`, both ends of the range scaled by the one of 101 factors between 0.9
 //! and 1.1 with the least `Σ|w − ŵ|^2.4`, chosen on the weights as they are when the group is entered; 1 bit as above. Dead channels
-//! become zeros. **At 3 bits and below the errors of a column are not carried to the other columns of its group**, only to those
+//! become zeros; scales are as their type stores them. **At 3 bits and below the errors of a column are not carried to the other columns of its group**, only to those
 //! after it.
 
 use kernels::{Group, QuantizedMatrix, ScaleType, Zeros};
 use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, s};
 use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 use super::columns::check_finite;
 use super::grid::floor;
-use super::{Grid, Width};
+use super::{Grid, Kept, Loss, Solved, Width};
 use crate::{Error, Result};
+
+/// Knobs of MC-MoE's GPTQ: none, its code has them fixed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "PmqQuantizer")]
+#[serde(deny_unknown_fields, default)]
+pub struct Params {}
 
 /// Damping, as a share of the mean diagonal.
 const DAMPING: f64 = 0.01;
@@ -57,23 +65,32 @@ pub fn trial(w: ArrayView2<'_, f32>, bits: u8, group: Group) -> Result<Quantized
     Ok(matrix)
 }
 
-/// MC-MoE's GPTQ of `w`, `[out, in]`, against a second moment `[in, in]` of its inputs, scales and zeros in f32.
-///
-/// The grid is `offset`, at 1 bit `half`.
+/// Whether MC-MoE's GPTQ has a grid: real zeros, at 1 bit the two signs.
+pub fn has(bits: u8, grid: Grid) -> bool {
+    grid == if bits == 1 { Grid::Half } else { Grid::Offset }
+}
+
+/// MC-MoE's GPTQ of `w`, `[out, in]`, against a second moment `[in, in]` of its inputs, zeros in f32.
 ///
 /// # Errors
 ///
-/// As [`trial`]; [`Error::MomentSize`]; [`Error::Damping`] where 1% of damping is too little.
-pub fn gptq(w: ArrayView2<'_, f32>, moment: ArrayView2<'_, f32>, bits: u8, group: Group) -> Result<QuantizedMatrix> {
+/// [`Error::PmqGrid`] on another grid than `offset`, at 1 bit `half`; as [`trial`]; [`Error::MomentSize`]; [`Error::Damping`] where 1% of
+/// damping is too little; [`Error::ScaleOverflow`] for a scale that its type does not hold.
+pub fn gptq(w: ArrayView2<'_, f32>, moment: ArrayView2<'_, f32>, width: &Width) -> Result<Solved> {
     let inputs = w.ncols();
-    let (width, len) = width(bits, group, Grid::Offset, inputs)?;
+    if !has(width.bits, width.grid) {
+        return Err(Error::PmqGrid { bits: width.bits, grid: width.grid });
+    }
+    let len = width.group_len(inputs)?;
     check_finite(w)?;
     if moment.dim() != (inputs, inputs) {
         return Err(Error::MomentSize { moment: moment.nrows(), inputs });
     }
+    let original = w;
     let mut w = w.to_owned();
     let mut h = moment.to_owned();
-    for dead in (0..inputs).filter(|&j| moment[(j, j)] == 0.0) {
+    let dead: Vec<usize> = (0..inputs).filter(|&j| moment[(j, j)] == 0.0).collect();
+    for &dead in &dead {
         h[(dead, dead)] = 1.0;
         w.column_mut(dead).fill(0.0);
     }
@@ -81,16 +98,27 @@ pub fn gptq(w: ArrayView2<'_, f32>, moment: ArrayView2<'_, f32>, bits: u8, group
     h.diag_mut().mapv_inplace(|d| d + (DAMPING * mean) as f32);
     let upper = calib::linalg::inverse_factor(h).map_err(|source| Error::Damping { damping: DAMPING, source })?.to_dense();
     let rows: Vec<(Vec<u8>, Vec<Fit>)> =
-        w.rows_mut().into_iter().collect::<Vec<_>>().into_par_iter().map(|row| solve_row(row, &upper, len, &width)).collect();
-    let mut matrix = empty(w.view(), &width, len);
+        w.rows_mut().into_iter().collect::<Vec<_>>().into_par_iter().map(|row| solve_row(row, &upper, len, width)).collect();
+    let mut matrix = empty(w.view(), width, len);
     let mut zeros = Vec::with_capacity(matrix.scales.capacity());
-    for (codes, fits) in rows {
+    for (row, (codes, fits)) in rows.into_iter().enumerate() {
+        if let Some(group) = fits.iter().position(|fit| !fit.scale.is_finite()) {
+            return Err(Error::ScaleOverflow { scale: fits[group].scale, row, group, scale_type: width.scale_type });
+        }
         matrix.codes.extend(codes);
         matrix.scales.extend(fits.iter().map(|fit| fit.scale));
         zeros.extend(fits.iter().map(|fit| fit.zero));
     }
-    matrix.zeros = if bits == 1 { Zeros::Half } else { Zeros::Offset(zeros) };
-    Ok(matrix)
+    matrix.zeros = if width.bits == 1 { Zeros::Half } else { Zeros::Offset(zeros) };
+    let loss = loss(&(&matrix.dequantize() - &original), moment, DAMPING * mean);
+    Ok(Solved { matrix, kept: Kept::Gptq, loss, damping: DAMPING, dead_channels: dead.len() })
+}
+
+/// What a change `[out, in]` costs in a second moment, and in that with `lambda` on its diagonal.
+fn loss(change: &Array2<f32>, moment: ArrayView2<'_, f32>, lambda: f64) -> Loss {
+    let sum = |(a, b): (&f32, &f32)| f64::from(*a) * f64::from(*b);
+    let undamped = change.iter().zip(&calib::linalg::product(change.view(), moment)).map(sum).sum::<f64>().max(0.0);
+    Loss { undamped, damped: undamped + lambda * change.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() }
 }
 
 /// Scale and zero of one group.
@@ -108,7 +136,9 @@ fn solve_row(mut w: ArrayViewMut1<'_, f32>, upper: &Array2<f32>, len: usize, wid
     let mut errors = vec![0.0; len];
     for start in (0..inputs).step_by(len) {
         let end = start + len;
-        let fit = if width.bits == 1 { binary(w.slice(s![start..end])) } else { clipped(w.slice(s![start..end]), top) };
+        let group = w.slice(s![start..end]);
+        let Fit { scale, zero } = if width.bits == 1 { binary(group) } else { clipped(group, top) };
+        let fit = Fit { scale: width.scale_type.round(scale).max(floor(width.scale_type)), zero };
         for j in start..end {
             let code = if width.bits == 1 { sign(w[j]) } else { (w[j] / fit.scale + fit.zero).round_ties_even().clamp(0.0, top) };
             let error = (w[j] - (code - fit.zero) * fit.scale) / upper[(j, j)];
@@ -175,7 +205,7 @@ fn empty(w: ArrayView2<'_, f32>, width: &Width, len: usize) -> QuantizedMatrix {
         inputs,
         bits: width.bits,
         group: width.group,
-        scale_type: ScaleType::F32,
+        scale_type: width.scale_type,
         codes: Vec::with_capacity(outputs * inputs),
         scales: Vec::with_capacity(outputs * (inputs / len)),
         zeros: Zeros::Half,
@@ -188,6 +218,11 @@ mod tests {
 
     use super::*;
     use crate::quantize::testing::{Moment, loss_of, moment, normals};
+
+    fn solved(w: &Array2<f32>, h: &Array2<f32>, bits: u8, group: Group) -> Result<Solved> {
+        let grid = if bits == 1 { Grid::Half } else { Grid::Offset };
+        gptq(w.view(), h.view(), &Width { bits, group, scale_type: ScaleType::F32, grid })
+    }
 
     #[test]
     fn a_trial_by_hand() {
@@ -220,10 +255,10 @@ mod tests {
         let h = array![[2.0_f32, 1.0], [1.0, 2.0]];
         let w = array![[0.6_f32, 1.0]];
         // Groups of one weight are exact but for the clip: nothing to carry. At 1 bit neither is.
-        let single = gptq(w.view(), h.view(), 1, Group::Size(1)).unwrap();
+        let single = solved(&w, &h, 1, Group::Size(1)).unwrap().matrix;
         assert_eq!(single.dequantize(), w);
         // One group: mean 0.8, both +; the first column's error of −0.2 stays, because at 1 bit nothing is carried inside a group.
-        let pair = gptq(w.view(), h.view(), 1, Group::Size(2)).unwrap();
+        let pair = solved(&w, &h, 1, Group::Size(2)).unwrap().matrix;
         assert!((&pair.dequantize() - &array![[0.8_f32, 0.8]]).iter().all(|x| x.abs() < 1e-6));
     }
 
@@ -233,10 +268,10 @@ mod tests {
         let lambda = 0.01 * f64::from(h.diag().mean().unwrap());
         let loss = |matrix: &QuantizedMatrix| loss_of(&w, matrix, &h, lambda);
         for bits in [2, 3, 4, 8] {
-            let (solved, rounded) =
-                (gptq(w.view(), h.view(), bits, Group::Size(64)).unwrap(), trial(w.view(), bits, Group::Size(64)).unwrap());
-            solved.check().unwrap();
-            let gain = loss(&solved) / loss(&rounded);
+            let Solved { matrix, loss: told, .. } = solved(&w, &h, bits, Group::Size(64)).unwrap();
+            matrix.check().unwrap();
+            assert!((told.damped / loss(&matrix) - 1.0).abs() < 1e-3 && told.undamped < told.damped, "{bits}: {told:?}");
+            let gain = loss(&matrix) / loss(&trial(w.view(), bits, Group::Size(64)).unwrap());
             assert!(gain < 1.0, "{bits}: {gain}");
             assert_eq!(bits > UNCOMPENSATED, gain < 0.4, "{bits}: {gain}");
         }
@@ -252,12 +287,23 @@ mod tests {
         }
         // A dead channel becomes zero, as in the published code.
         let h = array![[1.0_f32, 0.0], [0.0, 0.0]];
-        let back = gptq(array![[0.5_f32, 7.0]].view(), h.view(), 4, Group::PerChannel).unwrap().dequantize();
+        let told = solved(&array![[0.5_f32, 7.0]], &h, 4, Group::PerChannel).unwrap();
+        let back = told.matrix.dequantize();
+        assert_eq!(told.dead_channels, 1);
         assert!(back[(0, 1)].abs() < 1e-6 && (back[(0, 0)] - 0.5).abs() < 0.06, "{back}");
         assert!(trial(array![[0.1, f32::NAN]].view(), 2, Group::Size(2)).is_err());
         assert!(trial(array![[0.1, 0.2, 0.3]].view(), 2, Group::Size(2)).unwrap_err().to_string().contains("groups of 2"));
         assert!(trial(array![[0.1, 0.2]].view(), 9, Group::Size(2)).is_err());
-        let wrong = gptq(array![[0.1, 0.2]].view(), array![[1.0]].view(), 2, Group::Size(2));
+        // A scale is what its type holds, and one beyond it has a place.
+        let narrow = |w: Array2<f32>| {
+            gptq(w.view(), h.view(), &Width { bits: 2, group: Group::Size(2), scale_type: ScaleType::F16, grid: Grid::Offset })
+        };
+        let matrix = narrow(array![[0.123, 0.0]]).unwrap().matrix;
+        assert_eq!(matrix.scales[0], half::f16::from_f32(matrix.scales[0]).to_f32());
+        assert!(narrow(array![[1e6, 0.0]]).unwrap_err().to_string().contains("row 0"));
+        let sym = Width { bits: 2, group: Group::Size(2), scale_type: ScaleType::F16, grid: Grid::Sym };
+        assert!(gptq(array![[0.1, 0.2]].view(), h.view(), &sym).unwrap_err().to_string().contains("offset"));
+        let wrong = solved(&array![[0.1, 0.2]], &array![[1.0]], 2, Group::Size(2));
         assert!(wrong.unwrap_err().to_string().contains("a second moment of 1 inputs"));
     }
 }

@@ -18,7 +18,7 @@ use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
 use crate::export::Kernels;
 use crate::objective::TokenWeight;
 use crate::plan::{Shape, Tensor, matrices};
-use crate::quantize::{Grid, Quantizer, Refine, learned};
+use crate::quantize::{Grid, Quantizer, Refine, learned, pmq};
 use crate::repair::Order;
 
 pub use experts::check_experts;
@@ -115,6 +115,16 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     {
         let help = "use allocate.grid = \"asym\", or \"offset\" with [export.dense] alone";
         found.push(source.problem("allocate", "hqq fits zero points, and this grid stores none".into(), Some(help.into())));
+    }
+    if let (Some(Quantizer::Pmq(_)), Some(allocate)) = (&recipe.quantize, &recipe.allocate) {
+        if let Some(choice) = allocate.options().into_iter().find(|choice| !pmq::has(choice.bits, choice.grid)) {
+            let help = "use allocate.grid = \"offset\" with [export.dense] alone, and the grid half at 1 bit";
+            found.push(source.problem("allocate", format!("pmq has real zeros, and {choice} has none"), Some(help.into())));
+        }
+        if recipe.refine.is_some() {
+            let message = "refined codes would no longer be those of MC-MoE".to_owned();
+            found.push(source.problem("refine", message, Some("leave refine out, or name [quantize.gptq]".into())));
+        }
     }
     found
 }

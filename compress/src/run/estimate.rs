@@ -210,7 +210,11 @@ fn rate([outputs, inputs]: [usize; 2], solver: Solver<'_>) -> Result<Rate> {
     let x = noise(2 * columns, columns);
     let h = product(x.t(), x.view());
     let group = kernels::Group::Size((1..=128.min(columns)).rev().find(|g| columns.is_multiple_of(*g)).unwrap_or(1));
-    let grid = if matches!(solver.quantizer, Quantizer::Hqq(_)) { crate::quantize::Grid::Asym } else { crate::quantize::Grid::Sym };
+    let grid = match solver.quantizer {
+        Quantizer::Hqq(_) => crate::quantize::Grid::Asym,
+        Quantizer::Pmq(_) => crate::quantize::Grid::Offset,
+        Quantizer::Rtn(_) | Quantizer::Gptq(_) => crate::quantize::Grid::Sym,
+    };
     let choices = [Choice { bits: 3, group, grid }];
     let timed = |wanted: Wanted| -> Result<(f64, f64)> {
         let start = Instant::now();

@@ -107,7 +107,7 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
             let largest = (0..spec.layers.len()).map(|layer| largest(spec, layer)).max().unwrap_or(0);
             found.push(("fold", PROGRAM + 16 * rayon::current_num_threads() as u64 * largest));
         }
-        if matches!(recipe.quantize, Some(Quantizer::Gptq(_))) {
+        if recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let solve = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + solver(spec, layer, in_flight));
             found.push(("apply", PROGRAM + solve.max(table + hidden)));
             if let Some(Refine::Learned(params)) = &recipe.refine {
