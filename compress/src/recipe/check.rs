@@ -80,11 +80,11 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     found.extend(check_repair(recipe, source));
     if recipe.calibrate.as_ref().is_some_and(|calibrate| calibrate.keep_moments) {
         let sequential = recipe.repair.as_ref().is_some_and(|repair| repair.order == Order::Sequential);
-        let why = match (&recipe.quantize, &recipe.refine) {
-            (Some(Quantizer::Gptq(_)), _) if sequential => Some("behind compressed layers they serve this one plan alone"),
-            (Some(Quantizer::Gptq(_)), Some(Refine::Learned(_))) => Some("learned refinement needs the tokens themselves"),
-            (Some(Quantizer::Gptq(_)), _) => None,
-            _ => Some("the quantizer uses no second moments"),
+        let why = match &recipe.refine {
+            _ if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) => Some("the quantizer uses no second moments"),
+            _ if sequential => Some("behind compressed layers they serve this one plan alone"),
+            Some(Refine::Learned(_)) => Some("learned refinement needs the tokens themselves"),
+            Some(Refine::Descent(_)) | None => None,
         };
         found.extend(why.map(|why| source.problem("calibrate.keep_moments", why.to_owned(), Some("leave it out".into()))));
     }
