@@ -65,7 +65,7 @@ if [ "${WITH_LLAMACPP:-yes}" = yes ]; then
     export LLAMA_CPP="$work/llamacpp/vendor/llama.cpp"
 fi
 
-cargo build --release --bin moepress --features "${FEATURES:-}"
+cargo build --release --bin moepress
 export MOEPRESS="${work%/interop}/release/moepress"
 export MOEPRESS_OUT="$work/quickstart"
 rm -rf "$MOEPRESS_OUT"
