@@ -1,4 +1,4 @@
-//! A budget that may drop experts, from the recipe to the output's own score.
+//! A budget that may drop experts, from the recipe to the output's own score, and beside pruners.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod place;
@@ -45,4 +45,50 @@ fn experts_are_dropped_where_a_budget_says_so_and_put_out_their_means() {
     assert!(manifest.contains("\"constants\""), "{manifest}");
     let refused = place.said(&["plan", "r.toml", "--quiet", "--set", "allocate.drop=\"mean\"", "--for", "gptqmodel"]);
     assert!(refused.contains("GPTQModel") && refused.contains("allocate.drop"), "{refused}");
+}
+
+#[test]
+fn the_same_bytes_are_spent_on_bits_alone_and_on_fewer_experts() {
+    let place = Place::new();
+    let budget =
+        "bits_per_weight = 2.2\nchoices = [1, 2, 4]\ngrid = \"half\"\nruntime = \"native\"\nfill = \"estimate\"\ndrop = \"zero\"\n";
+    let recipe = small_recipe("gptq").replace("bits = 4\n", budget);
+    let recipe = recipe.replace("[export.compressed_tensors]\n[export.dense]\n", "[export.native]\n\n[prune.easy_ep]\nkeep = 0.75\n");
+    place.write("r.toml", &recipe);
+    let rows: Vec<serde_json::Value> =
+        serde_json::from_str(&place.done(&["plan", "r.toml", "--quiet", "--json", "--levers", "6,8"])).unwrap();
+    let of = |row: &serde_json::Value, key: &str| row[key].as_f64().unwrap();
+    let loss = |row: &serde_json::Value| of(row, "removal") + of(row, "widths");
+    // 3.15 million weights are quantized.
+    let most = rows.iter().map(|row| of(row, "bytes")).fold(0.0, f64::max);
+    let named = |by: Option<&str>, experts: u64, drops: bool| {
+        let is = |row: &&serde_json::Value| row["by"].as_str() == by && row["experts"] == experts && row["dropped"].is_u64() == drops;
+        rows.iter().find(is).unwrap_or_else(|| panic!("{by:?} {experts} {drops}: {rows:?}"))
+    };
+    for (by, experts) in [(None, 8), (Some("prune.easy_ep"), 6), (Some("prune.easy_ep"), 8)] {
+        let (without, with) = (named(by, experts, false), named(by, experts, true));
+        assert!(loss(with) <= loss(without) + 1e-12 && of(with, "bytes") <= most, "{with} {without}");
+    }
+    // All experts stay: nothing is removed, and the widths are those of the model as it is.
+    let (bits, all) = (named(None, 8, false), named(Some("prune.easy_ep"), 8, false));
+    assert!(of(all, "removal").abs() < 1e-6 && (of(all, "widths") / of(bits, "widths") - 1.0).abs() < 1e-3, "{all} {bits}");
+    let six = named(Some("prune.easy_ep"), 6, false);
+    assert!(of(six, "removal") > 0.0 && of(six, "widths") < of(bits, "widths"), "{six} {bits}");
+    let csv = fs_err::read_to_string(place.path().join("out/moepress/levers.csv")).unwrap();
+    assert!(csv.starts_with("by,experts,dropped,bytes,removal,widths,predicted\n,8,,") && csv.lines().count() == rows.len() + 1, "{csv}");
+    assert!(!place.path().join("out/moepress/levers").exists());
+    let said = place.said(&[
+        "plan",
+        "r.toml",
+        "--quiet",
+        "--levers",
+        "6",
+        "--out",
+        "b",
+        "--set",
+        "allocate.cost=\"hessian\"",
+        "--set",
+        "allocate.min_bits={ attention = 4 }",
+    ]);
+    assert!(said.contains("only the cost end_loss is in that unit"), "{said}");
 }

@@ -127,7 +127,7 @@ pub(super) struct StageArgs {
 
 /// The plan stage, and what is asked of its table afterwards.
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("asked").args(["pareto", "calibrate_curve", "for_tool", "estimate"]))]
+#[command(group = clap::ArgGroup::new("asked").args(["pareto", "calibrate_curve", "levers", "for_tool", "estimate"]))]
 pub(super) struct PlanArgs {
     #[command(flatten)]
     pub stage: StageArgs,
@@ -137,6 +137,9 @@ pub(super) struct PlanArgs {
     /// Make and measure an output for each of these bits a weight, and compare with what was predicted; leaves curve.csv
     #[arg(long, value_name = "BITS", num_args = 1.., value_delimiter = ',')]
     pub calibrate_curve: Vec<f64>,
+    /// Plan the same bytes for bits alone and for what [prune] and [merge] leave at each of these experts a layer; leaves levers.csv
+    #[arg(long, value_name = "EXPERTS", num_args = 1.., value_delimiter = ',')]
+    pub levers: Vec<usize>,
     /// Also write the plan in another tool's words beside it
     #[arg(long = "for", value_name = "TOOL")]
     pub for_tool: Option<ForTool>,

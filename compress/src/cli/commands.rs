@@ -143,6 +143,11 @@ fn plan(args: &PlanArgs, global: &Global, console: &Console) -> Result<String> {
         let found = run::calibrate_curve(&loaded, &args.calibrate_curve, how, console.progress().as_ref())?;
         return if as_json { pretty(&found) } else { Ok(report::curve::compared(&found)) };
     }
+    if !args.levers.is_empty() {
+        let how = (global.device.open()?, args.stage.memory.map(|size| size.0));
+        let found = run::levers(&loaded, &args.levers, how, console.progress().as_ref())?;
+        return if as_json { pretty(&found) } else { Ok(report::levers(&found)) };
+    }
     let Some(tool) = args.for_tool else { return Ok(text) };
     let tool = match tool {
         ForTool::LlamaQuantize => Tool::LlamaQuantize,

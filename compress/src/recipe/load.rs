@@ -236,7 +236,7 @@ mod tests {
         let message = |text: &str, set: &[&str]| read(text, set).unwrap_err().to_string();
         assert_eq!(
             message(&TEXT.replace("bits", "bitz"), &[]),
-            "r.toml:12:1: unknown field `bitz`, expected one of `bits`, `bits_per_weight`, `bytes`, `file`, `choices`, `group`, `grid`, `runtime`, `untied`, `min_bits`, `max_bits`, `cost`, `pmq`, `fill`, `devices`, `speed`, `embedding`, `head`, `exclude`; did you mean `bits`?"
+            "r.toml:12:1: unknown field `bitz`, expected one of `bits`, `bits_per_weight`, `bytes`, `file`, `choices`, `group`, `grid`, `runtime`, `untied`, `drop`, `min_bits`, `max_bits`, `cost`, `pmq`, `fill`, `devices`, `speed`, `embedding`, `head`, `exclude`; did you mean `bits`?"
         );
         assert!(message("schema = 1\nmodel = 3\n", &[]).starts_with("r.toml:2:9: invalid type: integer `3`, expected path string"));
         assert!(message("schema = \n", &[]).starts_with("r.toml:1:10: "));

@@ -5,6 +5,7 @@
 
 pub mod curve;
 mod experts;
+mod levers;
 mod render;
 mod sampler;
 mod stats;
@@ -21,6 +22,7 @@ use crate::plan::Summary;
 use crate::{Error, Result};
 
 pub use experts::experts;
+pub use levers::{levers, levers_csv};
 pub use render::{coverage, estimate, evaluation, markdown_report, plan, text_report};
 pub use sampler::{Balance, sampler};
 pub use stats::{DomainReport, LayerReport, StatsReport, read_stats, stats_csv, stats_svg, stats_text};

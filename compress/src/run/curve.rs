@@ -39,11 +39,12 @@ impl Compared {
 }
 
 /// The folder `OUT/moepress` of a recipe whose plan stage is done.
-fn folder(loaded: &Loaded) -> PathBuf {
+pub(super) fn folder(loaded: &Loaded) -> PathBuf {
     loaded.recipe.out.clone().unwrap_or_default().join("moepress")
 }
 
-fn budget(loaded: &Loaded) -> Result<&Allocate> {
+/// The widths of a recipe that shares out a budget.
+pub(super) fn budget(loaded: &Loaded) -> Result<&Allocate> {
     let mixed = loaded.recipe.allocate.as_ref().filter(|allocate| allocate.is_mixed());
     mixed.ok_or_else(|| {
         let what = "one width is given to all, so there is no table of costs to share out by; ask for a budget, such as bits_per_weight"
@@ -146,7 +147,7 @@ fn measure(
 }
 
 /// Copies a file or a folder, if it is there.
-fn copy(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn copy(from: &Path, to: &Path) -> Result<()> {
     if from.is_dir() {
         fs_err::create_dir_all(to)?;
         for entry in fs_err::read_dir(from)? {

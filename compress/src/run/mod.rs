@@ -8,6 +8,7 @@ mod curve;
 mod estimate;
 mod folder;
 mod identity;
+mod levers;
 mod memory;
 mod stages;
 
@@ -29,6 +30,7 @@ pub use curve::{Compared, calibrate_curve, pareto, plan_for};
 pub use estimate::{Item, estimate};
 pub use folder::{Earlier, Folder, Stage};
 pub use identity::Identity;
+pub use levers::{Lever, levers};
 pub use memory::{Fit, fit};
 use stages::Work;
 
