@@ -12,7 +12,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::layout::table::Arena;
-use crate::layout::{self, Packed, Rows};
+use crate::layout::{self, Packed, Rows, TILE_INPUTS};
 use crate::{Error, QuantizedMatrix, Result};
 
 const DEVICE: &str = include_str!("../../cuda/mq_device.cuh");
@@ -111,6 +111,15 @@ impl Model {
         widths.into_iter().rev().collect()
     }
 
+    /// What the kernels of one projection (0: gate and up, 1: down) are compiled for: width, log2 of the group (255: whole rows) and flags
+    /// of every form that occurs, widest first.
+    fn forms(&self, projection: usize) -> Vec<[u16; 3]> {
+        let entries = self.layers.iter().flat_map(|layer| &layer.projections[projection].1.entries);
+        let forms: BTreeSet<[u16; 3]> =
+            entries.map(|entry| [entry.form.bits.into(), entry.form.log2_group().into(), entry.form.flags()]).collect();
+        forms.into_iter().rev().collect()
+    }
+
     fn check(&self) -> Result<()> {
         let refuse = |what: String| Err(Error::Holds { target: "the emitted kernels", what });
         let [hidden, inner] = self.sizes;
@@ -144,14 +153,21 @@ pub fn objection(sides: [usize; 2], experts: usize) -> Option<String> {
 /// The constants, as C and CUDA read them.
 fn constants(model: &Model) -> String {
     let [hidden, inner] = model.sizes;
-    let widths = model.widths();
-    let list = widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
-    let each = widths.iter().map(|bits| format!("X({bits})")).collect::<Vec<_>>().join(" ");
+    let [mut first, second] = [0, 1].map(|projection| model.forms(projection));
+    let each =
+        |forms: &[[u16; 3]]| forms.iter().map(|[bits, log2, flags]| format!("X({bits}, {log2}, {flags:#x})")).collect::<Vec<_>>().join(" ");
+    let [gate_up, down] = [&first, &second].map(|forms| each(forms));
+    first.extend(second);
+    let all: BTreeSet<[u16; 3]> = first.into_iter().collect();
+    let all = each(&all.into_iter().rev().collect::<Vec<_>>());
     format!(
         "// Written for one checkpoint by `moepress emit`; write it anew instead of editing it.\n\
-         #define MQ_HIDDEN {hidden}\n#define MQ_INNER {inner}\n#define MQ_INNER_LD {}\n#define MQ_EXPERTS {}\n#define MQ_MAX_EXPERTS {}\n\
-         #define MQ_TOP_K {}\n#define MQ_WIDTHS(X) {each}\n#define MQ_WIDTH_LIST {list}\n#define MQ_BLOCKS(X) X(1) X(2) X(4)\n",
-        inner.next_multiple_of(8),
+         #define MQ_HIDDEN {hidden}\n#define MQ_INNER {inner}\n#define MQ_HIDDEN_LD {}\n#define MQ_INNER_LD {}\n#define MQ_EXPERTS {}\n\
+         #define MQ_MAX_EXPERTS {}\n#define MQ_TOP_K {}\n#define MQ_FORMS_13(X) {gate_up}\n#define MQ_FORMS_2(X) {down}\n\
+         #define MQ_FORMS(X) {all}\n#define MQ_BLOCKS(X) X(1) X(2) X(4)\n\
+         #define MQ_RESIDENT(NB) (NB == 1 ? 6 : NB == 2 ? 4 : 3)\n",
+        hidden.next_multiple_of(TILE_INPUTS),
+        inner.next_multiple_of(TILE_INPUTS),
         model.experts,
         model.experts,
         model.top_k,
@@ -223,6 +239,7 @@ fn manifest(model: &Model, images: &Images, files: &BTreeMap<&str, String>, gold
         "experts": model.experts,
         "top_k": model.top_k,
         "widths": model.widths(),
+        "forms": { "gate_up": model.forms(0), "down": model.forms(1) },
         "threads": 128,
         "tokens_per_item": { "1": 8, "2": 16, "4": 32 },
         "entry_points": entry_points,
