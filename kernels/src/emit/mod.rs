@@ -2,9 +2,11 @@
 //!
 //! The CUDA C++ stands in real files (`kernels/cuda`); what is emitted is a block of constants and those files in one translation unit
 //! without includes, which NVRTC compiles for every architecture from sm_80 on, g++ for the tests; beside it a C interface with a loader
-//! that needs `cc` alone, a Python package, and a manifest. Machine code comes from [`crate::nvrtc`] and is put beside it; where it could
+//! that needs `cc` alone, a Python package, the same as a project of Hugging Face's `kernels`, and a manifest. Machine code comes from [`crate::nvrtc`] and is put beside it; where it could
 //! not be made the manifest says `"compiled": []` and why, and the loader compiles `mq_moe.cu` at first use, or takes the cubins that
 //! `python/compile.py` makes.
+
+mod hub;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -203,6 +205,7 @@ pub fn emit(model: &Model, images: &Images) -> Result<FileSet> {
     files.insert("tests/golden.json".to_owned(), golden);
     files.insert("manifest.json".to_owned(), format!("{manifest:#}\n").into_bytes());
     files.extend(images.compiled.iter().map(|image| (image.file(), image.bytes.clone())));
+    files.extend(hub::project(&files, model, images));
     Ok(files)
 }
 

@@ -155,7 +155,11 @@ fn the_loader_compiles_as_c_without_a_warning() {
     run(&mut cc);
 }
 
-fn image(arch: &str, kind: Kind) -> Image {
+pub(super) fn case_model() -> Model {
+    case().model
+}
+
+pub(super) fn image(arch: &str, kind: Kind) -> Image {
     Image { arch: arch.into(), kind, bytes: arch.into(), nvrtc: "12.8".into() }
 }
 
