@@ -1,4 +1,4 @@
-"""Reads the MQT-1 layout in PyTorch, on any device, from the specification alone: the fallback where no kernel runs.
+"""Reads the MQT-1 layout in PyTorch, on any device, from the specification alone, and calls the emitted kernels on CUDA tensors.
 
     import moepress_kernels as mk        # transformers 5 then loads native checkpoints by from_pretrained
     model = mk.load("out/")              # the same in one call; routed experts stay packed
@@ -15,6 +15,8 @@ import pathlib
 import struct
 
 import torch
+
+from . import cuda
 
 LAYOUT = "MQT-1"
 NONE = 0xFFFFFFFF
@@ -165,10 +167,15 @@ class Arena(torch.nn.Module):
 def experts_forward(arenas, act, hidden_states, top_k_index, top_k_weights):
     """What routed experts say: `arenas` maps gate_up and down, or gate, up and down, to an `Arena`; the rest is as transformers 5 has it.
 
-    An expert is decoded when a token asks for it, and forgotten.
+    On a CUDA device the kernels of the checkpoint do it, where they have a form for it: bf16 or f16, silu, gate and up together. Else an
+    expert is decoded when a token asks for it, and forgotten.
     """
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     top_k_index, top_k_weights = top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1)
+    if x.is_cuda:
+        said = cuda.experts_forward(kernels_folder, arenas, act, x, top_k_index, top_k_weights)
+        if said is not None:
+            return said.view_as(hidden_states)
     out = torch.zeros_like(x)
     for expert in top_k_index.unique().tolist():
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)

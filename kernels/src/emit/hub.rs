@@ -60,6 +60,7 @@ mod tests {
         let package = "hf/torch-ext/moepress_kernels";
         for (there, here) in [
             ("__init__.py", "python/moepress_kernels/__init__.py"),
+            ("cuda.py", "python/moepress_kernels/cuda.py"),
             ("integration.py", "python/moepress_kernels/integration.py"),
             ("kernels/manifest.json", "manifest.json"),
             ("kernels/mq_moe.cu", "mq_moe.cu"),

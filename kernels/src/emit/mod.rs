@@ -24,6 +24,7 @@ const HEADER: &str = include_str!("../../cuda/mq_moe.h");
 const LOADER: &str = include_str!("../../cuda/mq_loader.c");
 const PYTHON: &str = include_str!("../../python/__init__.py");
 const INTEGRATION: &str = include_str!("../../python/integration.py");
+const CUDA: &str = include_str!("../../python/cuda.py");
 const COMPILE: &str = include_str!("../../python/compile.py");
 const PYPROJECT: &str = include_str!("../../python/pyproject.toml");
 
@@ -197,6 +198,7 @@ pub fn emit(model: &Model, images: &Images) -> Result<FileSet> {
     add("mq_loader.c", LOADER.to_owned());
     add("python/moepress_kernels/__init__.py", PYTHON.to_owned());
     add("python/moepress_kernels/integration.py", INTEGRATION.to_owned());
+    add("python/moepress_kernels/cuda.py", CUDA.to_owned());
     add("python/moepress_kernels/compile.py", COMPILE.to_owned());
     add("python/pyproject.toml", PYPROJECT.to_owned());
     let golden = golden(&model.widths())?;
