@@ -15,10 +15,12 @@ static_assert(sizeof(mq_entry) == 32, "an entry of the expert table has 32 bytes
 #define MQ_OFFSET 0x40u
 #define MQ_HALF 0x80u
 
-// Activation types: how many bits a mantissa has, and the exponent field of 2^(mant - pos) at its place.
-struct mq_bf16 { static constexpr int mant = 7, bias = 127; };
-struct mq_f16 { static constexpr int mant = 10, bias = 15; };
+// What tells one compiled form from another: width, group (255: whole rows), kind of zero and type of the scales.
+#define MQ_FORM_FLAGS 0x6e0u
+#define MQ_KEY(BITS, LOG2_GS, FLAGS) ((mq_u32)(BITS) | (mq_u32)(LOG2_GS) << 8 | (mq_u32)(FLAGS) << 16)
+MQ_HD mq_u32 mq_key(const mq_entry &e) { return MQ_KEY(e.bits, e.log2_gs, e.flags & MQ_FORM_FLAGS); }
 
+// The exponent of 2^(mant - pos) at its place, twice: or-ed to a field at bit `pos`, one unit of the field is worth 1.
 template <class T> MQ_HD constexpr mq_u32 mq_magic(int pos) {
     return ((mq_u32)(T::bias + T::mant - pos) << T::mant) * 0x00010001u;
 }
@@ -27,129 +29,152 @@ template <class T> MQ_HD constexpr mq_u32 mq_offset(int pos, mq_u32 z) {
     return (((mq_u32)(T::bias + T::mant - pos) << T::mant) + (z << pos)) * 0x00010001u;
 }
 
-// The codes of pair P of a lane's words of one half: even code below, odd code 16 bits above.
-template <int B, int P> MQ_HD mq_u32 mq_pair(const mq_u32 *w) {
-    if constexpr ((B == 3 || B == 5) && P == 15) {
-        mq_u32 both = 0;
-#pragma unroll
-        for (int c = 0; c < B; c++) both |= ((w[c] >> 15) & 0x00010001u) << c;
-        return both;
-    } else if constexpr (B == 6 && P >= 12) {
+template <int S> MQ_HD mq_u32 mq_shift(mq_u32 w) {
+    if constexpr (S >= 0) return w >> S;
+    else return w << -S;
+}
+
+// Pairs whose codes are gathered from several words.
+template <int B, int P> MQ_HD constexpr bool mq_scattered() { return ((B == 3 || B == 5) && P == 15) || (B == 6 && P >= 12); }
+
+// The codes of pair P of a lane's words of one half, or-ed to `rest`: even code at bit POS, odd code at bit 16 + POS.
+template <int B, int P, int POS> MQ_HD mq_u32 mq_at(const mq_u32 *w, mq_u32 rest) {
+    if constexpr (B == 6 && P >= 12) {
         constexpr int i = P - 12;
-        return ((w[i] >> 12) & 0x000f000fu) | (((w[4 + i / 2] >> (12 + 2 * (i % 2))) & 0x00030003u) << 4);
+        rest = mq_and_or<(0x000f000fu << POS)>(mq_shift<12 - POS>(w[i]), rest);
+        return mq_and_or<(0x00300030u << POS)>(mq_shift<8 + 2 * (i % 2) - POS>(w[4 + i / 2]), rest);
+    } else if constexpr (mq_scattered<B, P>()) {
+        mq_each<B>([&](auto bit) {
+            constexpr int C = decltype(bit)::value;
+            rest = mq_and_or<(0x00010001u << (POS + C))>(mq_shift<15 - POS - C>(w[C]), rest);
+        });
+        return rest;
     } else {
         constexpr int F = 16 / B;
-        return (w[P / F] >> (B * (P % F))) & (((1u << B) - 1) * 0x00010001u);
+        return mq_and_or<(((1u << B) - 1) * 0x00010001u << POS)>(mq_shift<B * (P % F) - POS>(w[P / F]), rest);
     }
 }
 
-// The operand of pair P: q - 2^(B-1) twice, exact in 16 bits; at one bit 2q - 1.
-template <class T, int B, int P> MQ_HD mq_u32 mq_operand(const mq_u32 *w) {
-    if constexpr (B == 1) {
-        // The bit becomes the sign of 1.0: set means positive.
-        constexpr mq_u32 minus_one = T::mant == 7 ? 0xbf80bf80u : 0xbc00bc00u;
-        return ((w[0] << (15 - P)) & 0x80008000u) ^ minus_one;
-    } else if constexpr (B == 8 && T::mant == 7) {
-        // Eight bits and an implied one do not fit bf16 beside an offset: by way of fp32, whose upper half the difference is.
-        mq_u32 both = mq_pair<B, P>(w);
-        mq_u32 low = mq_bits(mq_float(0x4b000000u | (both & 0xff)) - 8388736.0f);
-        mq_u32 high = mq_bits(mq_float(0x4b000000u | (both >> 16)) - 8388736.0f);
-        return (low >> 16) | (high & 0xffff0000u);
-    } else if constexpr (((B == 3 || B == 5) && P == 15) || (B == 6 && P >= 12)) {
-        return mq_sub2<T>(mq_pair<B, P>(w) | mq_magic<T>(0), mq_offset<T>(0, 1u << (B - 1)));
-    } else {
-        // As many fields as the mantissa holds are taken where they stand; one shift serves the next batch.
-        constexpr int F = 16 / B, n = T::mant / B, f = P % F, pos = f % n * B, shift = f / n * n * B;
-        mq_u32 v = ((w[P / F] >> shift) & ((((1u << B) - 1) << pos) * 0x00010001u)) | mq_magic<T>(pos);
-        return mq_sub2<T>(v, mq_offset<T>(pos, 1u << (B - 1)));
+// What stands for a code q in 16 bits, exactly: (q - zero) / step. HALF: zero lies between the two middle codes.
+template <class T, int B, bool HALF> struct mq_code {
+    static constexpr bool wide = B == 8 && T::mant == 7, twice = B == 1 || (HALF && !wide);
+    static constexpr float step = twice ? 0.5f : 1.0f, zero = B == 1 || HALF ? ((1 << B) - 1) * 0.5f : (float)(1 << (B - 1));
+
+    // The operand of pair P of a lane's words of one half.
+    template <int P> static MQ_HD mq_u32 pair(const mq_u32 *w) {
+        if constexpr (B == 1) {
+            // The bit becomes the sign of 1.0: set means positive.
+            constexpr mq_u32 minus_one = T::mant == 7 ? 0xbf80bf80u : 0xbc00bc00u;
+            return mq_and_xor<0x80008000u>(mq_shift<P - 15>(w[0]), minus_one);
+        } else if constexpr (wide) {
+            // Eight bits and an implied one do not fit bf16 beside an offset: by way of 2^15 + q in fp32, whose upper half the difference is.
+            constexpr mq_u32 first = 0x7404u | P % 2 << 4, second = first + 0x20u;
+            constexpr float offset = 32768.0f + zero;
+            mq_u32 low = mq_bits(mq_float(mq_bytes(w[P / 2], 0x47000000u, first)) - offset);
+            mq_u32 high = mq_bits(mq_float(mq_bytes(w[P / 2], 0x47000000u, second)) - offset);
+            return mq_bytes(low, high, 0x7632u);
+        } else if constexpr (B == 8 && !HALF) {
+            return mq_sub2<T>(mq_bytes(w[P / 2], 0x64646464u, 0x4240u + P % 2 * 0x101u), mq_offset<T>(0, 128));
+        } else {
+            // As many fields as the mantissa holds are taken where they stand; one shift serves the next batch. With a HALF zero they stand
+            // one bit higher, so that a unit is worth 2 and the constant a whole number of halves.
+            constexpr int up = HALF ? 1 : 0, n = (T::mant - up) / B, pos = up + (mq_scattered<B, P>() ? 0 : P % (16 / B) % n * B);
+            return mq_sub2<T>(mq_at<B, P, pos>(w, mq_magic<T>(pos - up)), mq_offset<T>(pos - up, HALF ? (1u << B) - 1 : 1u << (B - 1)));
+        }
     }
-}
+};
 
-// The zero that operands have had subtracted, and what one step of an operand is worth.
-template <int B> MQ_HD constexpr float mq_zero() { return B == 1 ? 0.5f : (float)(1 << (B - 1)); }
-template <int B> MQ_HD constexpr float mq_step() { return B == 1 ? 0.5f : 1.0f; }
-
-// A lane's words of both halves of one slab: 16 bytes a load where B is even, 8 where it is odd.
-template <int B> MQ_HD void mq_slab(const mq_u32 *slab, int lane, mq_u32 *w) {
-    constexpr int V = B % 2 ? 2 : 4;
+// A lane's words of both halves of one slab: 16 bytes a load where B is even, 8 where it is odd. `at` are the first of them.
+template <int B> MQ_HD constexpr int mq_vector() { return B % 2 ? 2 : 4; }
+template <int B> MQ_HD void mq_slab(const mq_u32 *at, mq_u32 *w) {
+    constexpr int V = mq_vector<B>();
 #pragma unroll
     for (int s = 0; s < 2 * B; s += V) {
-        if constexpr (V == 4) mq_load4(slab + s / V * 128 + lane * 4, w + s);
-        else mq_load2(slab + s / V * 64 + lane * 2, w + s);
+        if constexpr (V == 4) mq_load4(at + s * 32, w + s);
+        else mq_load2(at + s * 32, w + s);
     }
 }
 
-MQ_HD float mq_scale(const mq_u8 *base, mq_u32 flags, unsigned long long i) {
-    switch (flags >> 9 & 3) {
-    case 0: return mq_float((mq_u32)((const mq_u16 *)base)[i] << 16);
-    case 1: return mq_half(((const mq_u16 *)base)[i]);
-    default: return ((const float *)base)[i];
+// Scales of an expert and its zeros or offsets, if it has any, from one place on: rows of 64, one a group. A nibble a zero up to 4 bits, so
+// that the place begins at row `odd` of a byte.
+template <int B, int FLAGS> struct mq_groups {
+    const mq_u8 *scales, *zeros;
+    int odd;
+    static constexpr bool stored = (FLAGS & (MQ_ZEROS | MQ_OFFSET)) != 0;
+    static constexpr int bytes = (FLAGS >> 9 & 3) == 2 ? 4 : 2;
+
+    static MQ_HD mq_groups of(const mq_u8 *arena, const mq_entry &e, unsigned long long i) {
+        mq_groups found = {arena + 16ull * e.s_off16, arena + 16ull * e.z_off16, (int)(i & 1)};
+        found.skip(i);
+        return found;
     }
-}
+    MQ_HD void skip(unsigned long long n) {
+        scales += n * bytes;
+        if constexpr (stored) zeros += FLAGS & MQ_OFFSET ? n * bytes : B > 4 ? n : n / 2;
+    }
+    static MQ_HD float number(const mq_u8 *at) {
+        if constexpr ((FLAGS >> 9 & 3) == 0) return mq_float((mq_u32)*(const mq_u16 *)at << 16);
+        else if constexpr ((FLAGS >> 9 & 3) == 1) return mq_half(*(const mq_u16 *)at);
+        else return *(const float *)at;
+    }
+    MQ_HD float scale(int i) const { return number(scales + i * bytes); }
+    // The zero point, or the offset, stored or not; `i` is even for a nibble.
+    MQ_HD float zero(int i) const {
+        if constexpr (FLAGS & MQ_OFFSET) return number(zeros + i * bytes);
+        else if constexpr ((FLAGS & MQ_ZEROS) && B > 4) return (float)zeros[i];
+        else if constexpr (FLAGS & MQ_ZEROS) return (float)(zeros[i / 2] >> odd * 4 & 15);
+        else return FLAGS & MQ_HALF ? ((1 << B) - 1) * 0.5f : (1 << B) * 0.5f;
+    }
+};
 
-// The zero point of one row and group, or the offset; B is the width of the codes.
-MQ_HD float mq_stored_zero(const mq_u8 *base, const mq_entry &e, unsigned long long i) {
-    if (e.flags & MQ_OFFSET) return mq_scale(base, e.flags, i);
-    if (e.bits > 4) return (float)base[i];
-    return (float)(base[i / 2] >> (i % 2 * 4) & 15);
-}
-MQ_HD float mq_fixed_zero(const mq_entry &e) {
-    float top = (float)(1u << e.bits);
-    return e.flags & MQ_HALF ? (top - 1.0f) * 0.5f : top * 0.5f;
-}
-
-// What has to be added to s * sum(operand * x) for every unit of sum(x): (z0 - z) * s, or s * z0 + o.
-MQ_HD float mq_correction(const mq_u8 *zeros, const mq_entry &e, unsigned long long i, float s, float z0) {
-    if (e.flags & MQ_OFFSET) return fmaf(s, z0, mq_stored_zero(zeros, e, i));
-    return s * (z0 - (e.flags & MQ_ZEROS ? mq_stored_zero(zeros, e, i) : mq_fixed_zero(e)));
-}
-
-// The weight itself: (q - z) * s in fp32, or fma(s, q, o).
-MQ_HD float mq_weight(const mq_u8 *zeros, const mq_entry &e, unsigned long long i, float s, mq_u32 q) {
-    if (e.flags & MQ_OFFSET) return fmaf(s, (float)q, mq_stored_zero(zeros, e, i));
-    return ((float)q - (e.flags & MQ_ZEROS ? mq_stored_zero(zeros, e, i) : mq_fixed_zero(e))) * s;
-}
-
-// One slab to `out`, [rows, ld] of T: bit-exact with the reference. `rows` and `inputs` are those of one matrix; with gate and up in
-// turns of eight, up follows gate.
-template <class T, int B>
+// One slab to `out`, [rows, inputs] of T: bit-exact with the reference, (q - z) * s in fp32, or fma(s, q, o). With gate and up in turns of
+// eight, up follows gate.
+template <class T, int B, int LOG2_GS, int FLAGS>
 MQ_D void mq_dequant_slab(const mq_u8 *arena, const mq_entry &e, int row_tile, int k_tile, int slab, int lane, mq_u16 *out, int rows, int inputs) {
-    mq_u32 w[2 * B];
+    mq_u32 both[2 * B];
     const mq_u32 *words = (const mq_u32 *)(arena + 16ull * e.w_off16);
-    mq_slab<B>(words + (((unsigned long long)row_tile * e.k_tiles + k_tile) * 4 + slab) * (64 * B), lane, w);
-    const mq_u8 *scales = arena + 16ull * e.s_off16, *zeros = arena + 16ull * e.z_off16;
-    int groups = e.log2_gs == 0xff ? 1 : (e.k_tiles * 128) >> e.log2_gs;
-    int g = lane >> 2, t = lane & 3;
+    mq_slab<B>(words + (((unsigned long long)row_tile * e.k_tiles + k_tile) * 4 + slab) * (64 * B) + lane * mq_vector<B>(), both);
+    const int g = lane >> 2, t = lane & 3, gate_up = e.flags & MQ_GATE_UP;
+#pragma unroll 1
+    for (int h = 0; h < 2; h++) {
+        mq_u32 w[B];
 #pragma unroll
-    for (int h = 0; h < 2; h++)
-        mq_each<16>([&](auto p) {
-            constexpr int P = decltype(p)::value;
-            int r = P & 3, row = row_tile * 64 + slab * 16 + g + 8 * (r & 1);
-            int k = k_tile * 128 + 64 * h + 16 * (P >> 2) + 8 * (r >> 1) + 2 * t;
-            int from = row, to = row;
-            if (e.flags & MQ_GATE_UP) {
-                from = row / 16 * 8 + row % 8;
-                to = from + (row % 16 / 8) * rows;
-            }
-            if (from >= rows || k >= inputs) return;
-            int group = e.log2_gs == 0xff ? 0 : k >> e.log2_gs;
-            unsigned long long i = ((unsigned long long)row_tile * groups + group) * 64 + row % 64;
-            float s = mq_scale(scales, e.flags, i);
-            mq_u32 both = mq_pair<B, P>(w + h * B);
-            mq_u16 *at = out + (unsigned long long)to * inputs + k;
-            at[0] = mq_round<T>(mq_weight(zeros, e, i, s, both & 0xffff));
-            if (k + 1 < inputs) at[1] = mq_round<T>(mq_weight(zeros, e, i, s, both >> 16));
+        for (int x = 0; x < B; x++) w[x] = h ? both[B + x] : both[x];
+        // Two fragments, 32 inputs, lie in one group.
+        mq_each<2>([&](auto fragments) {
+            constexpr int J = 2 * decltype(fragments)::value;
+            const int k = k_tile * 128 + 64 * h + 16 * J + 2 * t;
+            const int groups = LOG2_GS == 255 ? 1 : (e.k_tiles * 128) >> (LOG2_GS % 32), group = LOG2_GS == 255 ? 0 : k >> (LOG2_GS % 32);
+            mq_each<2>([&](auto side) {
+                constexpr int S = decltype(side)::value;
+                const int row = row_tile * 64 + slab * 16 + g + 8 * S, from = gate_up ? (row_tile * 4 + slab) * 8 + g : row;
+                if (from >= rows) return;
+                mq_u16 *to = out + (unsigned long long)(gate_up ? from + S * rows : row) * inputs;
+                const auto of = mq_groups<B, FLAGS>::of(arena, e, ((unsigned long long)row_tile * groups + group) * 64 + row % 64);
+                const float s = of.scale(0), z = of.zero(0);
+                mq_each<4>([&](auto pair) {
+                    constexpr int N = decltype(pair)::value, P = 4 * (J + N / 2) + 2 * (N % 2) + S;
+                    const int at = k + 8 * N;
+                    if (at >= inputs) return;
+                    const mq_u32 q = mq_at<B, P, 0>(w, 0);
+                    const float low = (float)(int)(q & 0xffff), high = (float)(int)(q >> 16);
+                    if constexpr (FLAGS & MQ_OFFSET) *(mq_u32 *)(to + at) = mq_round2<T>(fmaf(s, low, z), fmaf(s, high, z));
+                    else *(mq_u32 *)(to + at) = mq_round2<T>((low - z) * s, (high - z) * s);
+                });
+            });
         });
+    }
 }
 
-// Grid: (row tiles, k tiles), 128 threads.
+// Grid: (row tiles, k tiles), 128 threads. `out` is aligned to 4 bytes; `inputs` is even.
 template <class T> MQ_D void mq_dequant(const mq_u8 *arena, const mq_entry *table, int entry, mq_u16 *out, int rows, int inputs) {
     const mq_entry e = table[entry];
     int slab = threadIdx.x >> 5, lane = threadIdx.x & 31;
     if (blockIdx.x >= e.n_tiles || blockIdx.y >= e.k_tiles) return;
-    switch (e.bits) {
-#define MQ_CASE(B) case B: mq_dequant_slab<T, B>(arena, e, blockIdx.x, blockIdx.y, slab, lane, out, rows, inputs); break;
-        MQ_WIDTHS(MQ_CASE)
+    switch (mq_key(e)) {
+#define MQ_CASE(B, G, F) \
+    case MQ_KEY(B, G, F): mq_dequant_slab<T, B, G, F>(arena, e, blockIdx.x, blockIdx.y, slab, lane, out, rows, inputs); break;
+        MQ_FORMS(MQ_CASE)
 #undef MQ_CASE
     }
 }

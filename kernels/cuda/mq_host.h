@@ -14,6 +14,7 @@
 #define MQ_D inline
 #define MQ_GLOBAL
 #define MQ_SHARED static
+#define MQ_LAUNCH(threads, blocks)
 
 struct mq_dim { unsigned x, y, z; };
 static mq_dim threadIdx, blockIdx, gridDim;
@@ -47,12 +48,29 @@ inline void mq_load2(const mq_u32 *p, mq_u32 *w) {
     if ((uintptr_t)p % 8) abort();
     memcpy(w, p, 8);
 }
+inline void mq_load_x(const mq_u16 *p, mq_u32 *w) { mq_load4((const mq_u32 *)p, w); }
+inline void mq_store_x(mq_u16 *p, const mq_u32 *w) {
+    if ((uintptr_t)p % 16) abort();
+    memcpy(p, w, 16);
+}
+template <mq_u32 MASK> inline mq_u32 mq_and_or(mq_u32 a, mq_u32 b) { return (a & MASK) | b; }
+template <mq_u32 MASK> inline mq_u32 mq_and_xor(mq_u32 a, mq_u32 b) { return (a & MASK) ^ b; }
+inline mq_u32 mq_bytes(mq_u32 a, mq_u32 b, mq_u32 which) {
+    mq_u32 d = 0;
+    for (int i = 0; i < 4; i++) {
+        mq_u32 from = which >> 4 * i & 7;
+        d |= ((from < 4 ? a >> 8 * from : b >> 8 * (from - 4)) & 255) << 8 * i;
+    }
+    return d;
+}
+inline float mq_silu(float x) { return x / (1.0f + expf(-x)); }
 inline int mq_pull(int *counter) { return (*counter)++; }
 
 struct mq_bf16;
 struct mq_f16;
 template <class T> inline float mq_wide(mq_u16 x) { return std::is_same<T, mq_f16>::value ? mq_half(x) : mq_float((mq_u32)x << 16); }
 template <class T> inline mq_u16 mq_round(float x) { return std::is_same<T, mq_f16>::value ? mq_to_half(x) : mq_to_bf16(x); }
+template <class T> inline mq_u32 mq_round2(float low, float high) { return mq_round<T>(low) | (mq_u32)mq_round<T>(high) << 16; }
 template <class T> inline mq_u32 mq_sub2(mq_u32 a, mq_u32 b) {
     mq_u32 low = mq_round<T>(mq_wide<T>((mq_u16)a) - mq_wide<T>((mq_u16)b));
     mq_u32 high = mq_round<T>(mq_wide<T>((mq_u16)(a >> 16)) - mq_wide<T>((mq_u16)(b >> 16)));
@@ -133,8 +151,8 @@ template <class F> inline void mq_launch(unsigned gx, unsigned gy, unsigned thre
         }
 }
 
-// D = A B + C as the instruction has it: A [16, 16] by rows, B [16, 8] by columns, lane (g, t).
-template <class T> inline void mq_mma(float *c, const mq_u32 *a, const mq_u32 *b) {
+// D = A B + C as the instruction has it: A [16, 16] by rows, B [16, 8] by columns, lane (g, t). C is D, or 0 for the FIRST of a sum.
+template <class T, bool FIRST> inline void mq_mma(float *d, const mq_u32 *a, const mq_u32 *b) {
     unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     memcpy(mq_now.a[warp][lane], a, 16);
     memcpy(mq_now.b[warp][lane], b, 8);
@@ -147,7 +165,7 @@ template <class T> inline void mq_mma(float *c, const mq_u32 *a, const mq_u32 *b
             mq_u32 right = mq_now.b[warp][column * 4 + k % 8 / 2][k / 8];
             sum += mq_wide<T>((mq_u16)(left >> (k % 2 * 16))) * mq_wide<T>((mq_u16)(right >> (k % 2 * 16)));
         }
-        c[r] += sum;
+        d[r] = FIRST ? sum : d[r] + sum;
     }
     mq_sync_warp();
 }

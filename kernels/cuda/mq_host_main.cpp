@@ -24,27 +24,24 @@ int main(int, char **argv) {
     mq_u8 *ids = take<mq_u8>(pairs * ids_bits / 8);
     float *weights = take<float>(pairs);
     int *map = n[4] ? take<int>(MQ_EXPERTS) : 0;
-    int *header[2], *order[2];
-    mq_item *items[2];
     // Everything that is written starts as NaN, or as a number that is no place.
     std::vector<float> parts(pairs * MQ_HIDDEN + 1, NAN);
-    std::vector<mq_u16> mid(pairs * MQ_INNER_LD + 1, 0xffff), out(tokens * MQ_HIDDEN + 1, 0xffff);
+    std::vector<mq_u16> placed(tokens * MQ_HIDDEN_LD, 0xffff), mid(pairs * MQ_INNER_LD, 0xffff), out(tokens * MQ_HIDDEN + 1, 0xffff);
     std::vector<std::vector<int>> held;
-    for (int i = 0; i < 2; i++) {
-        header[i] = (held.emplace_back(MQ_HEADER, -1), held.back().data());
-        order[i] = (held.emplace_back(pairs + 1, -1), held.back().data());
-        items[i] = (mq_item *)(held.emplace_back((pairs / 8 + entries + 1) * 3, -1), held.back().data());
-        mq_launch(1, 1, MQ_ROUTE_THREADS, [&] {
-            mq_route(table[i], entries, ids, ids_bits, map, MQ_EXPERTS, pairs, 8 * blocks, header[i], items[i], order[i]);
-        });
-    }
+    auto ints = [&](size_t count) { return (held.emplace_back(count, -1), held.back().data()); };
+    mq_lists lists[2];
+    for (int i = 0; i < 2; i++)
+        lists[i] = {table[i], ints(MQ_HEADER), (mq_item *)ints((pairs / 8 + entries + 1) * 3), ints(pairs), ints(pairs)};
+    mq_launch(2 + (tokens * MQ_HIDDEN_LD / 8 + 255) / 256, 1, MQ_ROUTE_THREADS, [&] {
+        mq_route(lists[0], lists[1], entries, ids, ids_bits, map, MQ_EXPERTS, pairs, 8 * blocks, x, MQ_HIDDEN, tokens, placed.data());
+    });
     // The entry points by type and blocks of eight tokens, as a loader launches them.
-    decltype(&mq_w13_bf16_1) first[2][2] = {{mq_w13_bf16_1, mq_w13_bf16_2}, {mq_w13_f16_1, mq_w13_f16_2}};
-    decltype(&mq_w2_bf16_1) second[2][2] = {{mq_w2_bf16_1, mq_w2_bf16_2}, {mq_w2_f16_1, mq_w2_f16_2}};
-    mq_launch(2, 1, 128, [&] { first[type][blocks - 1](arena[0], table[0], x, MQ_HIDDEN, top_k, header[0], items[0], order[0], mid.data()); });
-    mq_launch(2, 1, 128, [&] { second[type][blocks - 1](arena[1], table[1], mid.data(), MQ_INNER_LD, top_k, header[1], items[1], order[1], parts.data()); });
+    decltype(&mq_w13_bf16_1) first[2][2] = {{mq_w13_bf16_1, mq_w13_bf16_4}, {mq_w13_f16_1, mq_w13_f16_4}};
+    decltype(&mq_w2_bf16_1) second[2][2] = {{mq_w2_bf16_1, mq_w2_bf16_4}, {mq_w2_f16_1, mq_w2_f16_4}};
+    mq_launch(2, 1, 128, [&] { first[type][blocks == 4](arena[0], lists[0], placed.data(), top_k, mid.data()); });
+    mq_launch(2, 1, 128, [&] { second[type][blocks == 4](arena[1], lists[1], mid.data(), top_k, parts.data()); });
     mq_launch(tokens, (MQ_HIDDEN + 255) / 256, 256, [&] {
-        (type ? mq_combine_f16 : mq_combine_bf16)(parts.data(), table[1], entries, ids, ids_bits, map, MQ_EXPERTS, weights, top_k, out.data(), MQ_HIDDEN);
+        (type ? mq_combine_f16 : mq_combine_bf16)(parts.data(), lists[1].here, weights, top_k, out.data(), MQ_HIDDEN);
     });
     fwrite(parts.data(), 4, pairs * MQ_HIDDEN, to);
     fwrite(out.data(), 2, tokens * MQ_HIDDEN, to);

@@ -13,6 +13,8 @@ static struct { void *lib; driver_fn init, ctx_device, attribute, load, unload, 
 
 struct mq_model { void *module; int sms; };
 struct mq_layer { mq_model *model; mq_projection part[2]; const int32_t *map; int type; };
+/* What the kernels read for one projection; as in mq_moe.cu. */
+typedef struct { const void *table; void *header, *items, *order, *here; } lists;
 typedef struct { uint32_t offset[3], perm; uint8_t bits, log2_gs; uint16_t flags, n_tiles, k_tiles; uint32_t expert, reserved; } entry;
 _Static_assert(sizeof(entry) == 32, "an entry of the expert table has 32 bytes");
 _Static_assert(sizeof(mq_projection) == 40, "mq_projection is part of the ABI");
@@ -128,10 +130,11 @@ void mq_close(mq_model *model) {
     free(model);
 }
 
-static int has_width(int bits) {
-    static const int widths[] = {MQ_WIDTH_LIST};
-    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) if (widths[i] == bits) return 1;
-    return 0;
+/* Whether the kernels of a projection were compiled for entries like this one. */
+static int has_form(const entry *e, int gate_up) {
+#define FORM(BITS, LOG2_GS, FLAGS) || (e->bits == BITS && e->log2_gs == LOG2_GS && (e->flags & 0x6e0u) == FLAGS)
+    return gate_up ? 0 MQ_FORMS_13(FORM) : 0 MQ_FORMS_2(FORM);
+#undef FORM
 }
 
 /* Everything that a kernel would trust. */
@@ -143,12 +146,14 @@ static int check(const char *what, const mq_projection *p, int rows, int inputs,
     for (int i = 0; i < p->entries; i++) {
         entry e;
         memcpy(&e, (const char *)p->host_table + 32 * i, sizeof e);
-        if (!has_width(e.bits)) return fail(MQ_BAD_TABLE, "%s, entry %d: %d bits, which this build lacks", what, i, e.bits);
         if (e.n_tiles != n || e.k_tiles != k) return fail(MQ_BAD_TABLE, "%s, entry %d: %d x %d tiles, not %d x %d", what, i, e.n_tiles, e.k_tiles, n, k);
         if (e.expert >= MQ_EXPERTS) return fail(MQ_BAD_TABLE, "%s, entry %d: expert %u of %d", what, i, e.expert, MQ_EXPERTS);
         if (e.flags & ~0x6f0u || (e.flags >> 9 & 3) == 3 || e.perm != 0xffffffffu || !(e.flags & 0x10) != !gate_up)
             return fail(MQ_BAD_TABLE, "%s, entry %d: flags %#x are not known to this build", what, i, e.flags);
         if (e.log2_gs != 0xff && (e.log2_gs < 5 || e.log2_gs > 7)) return fail(MQ_BAD_TABLE, "%s, entry %d: groups of 2^%d", what, i, e.log2_gs);
+        if (!has_form(&e, gate_up))
+            return fail(MQ_BAD_TABLE, "%s, entry %d: %d bits in groups of 2^%d with flags %#x, which this build lacks: it was emitted for another checkpoint",
+                        what, i, e.bits, e.log2_gs, e.flags);
         const uint64_t groups = (uint64_t)n * 64 * (e.log2_gs == 0xff ? 1 : (uint64_t)k * 128 >> e.log2_gs), scale = (e.flags >> 9 & 3) == 2 ? 4 : 2;
         const uint64_t bytes[3] = {(uint64_t)n * k * 1024 * e.bits, groups * scale,
                                    e.flags & 0x40 ? groups * scale : !(e.flags & 0x20) ? 0 : e.bits > 4 ? groups : groups / 2};
@@ -178,7 +183,7 @@ int mq_layer_bind(mq_model *model, const mq_projection *gate_up, const mq_projec
 }
 void mq_layer_free(mq_layer *layer) { free(layer); }
 
-typedef struct { size_t header[2], items[2], order[2], mid, parts, end; } space;
+typedef struct { size_t header[2], items[2], order[2], here[2], placed, mid, parts, end; } space;
 static size_t up(size_t n) { return (n + 255) & ~(size_t)255; }
 static space plan(int tokens, int top_k, int entries) {
     const size_t pairs = (size_t)tokens * (size_t)top_k, items = up((pairs / 8 + (size_t)entries + 1) * 12);
@@ -188,7 +193,9 @@ static space plan(int tokens, int top_k, int entries) {
         s.header[i] = at; at += 256;
         s.items[i] = at; at += items;
         s.order[i] = at; at += up(pairs * 4);
+        s.here[i] = at; at += up(pairs * 4);
     }
+    s.placed = at; at += up((size_t)tokens * MQ_HIDDEN_LD * 2);
     s.mid = at; at += up(pairs * MQ_INNER_LD * 2);
     s.parts = at; at += up(pairs * MQ_HIDDEN * 4);
     s.end = at;
@@ -218,29 +225,30 @@ int mq_moe_forward(mq_layer *layer, const void *x, int64_t ldx, const void *topk
         return fail(MQ_WORKSPACE, "a workspace of %zu bytes where %zu, aligned to 256, are needed", workspace_bytes, s.end);
     const int blocks = tokens <= 8 ? 1 : tokens <= 16 ? 2 : 4, block = 8 * blocks;
     const char *type = layer->type == MQ_BF16 ? "bf16" : "f16";
-    int pairs = tokens * top_k, experts = MQ_EXPERTS, count = entries, most = block, bits = ids_bits, k = top_k, code = 0;
+    int pairs = tokens * top_k, experts = MQ_EXPERTS, count = entries, most = block, bits = ids_bits, k = top_k, code;
     char *at = workspace, name[64];
-    void *header[2], *items[2], *order[2], *mid = at + s.mid, *parts = at + s.parts;
+    void *placed = at + s.placed, *mid = at + s.mid, *parts = at + s.parts;
     const int32_t *map = layer->map;
-    for (int i = 0; i < 2 && !code; i++) {
-        header[i] = at + s.header[i]; items[i] = at + s.items[i]; order[i] = at + s.order[i];
-        void *arguments[] = {&layer->part[i].device_table, &count, &topk_ids, &bits, &map, &experts, &pairs, &most, &header[i], &items[i], &order[i]};
-        code = launch(layer->model, "mq_route", 1, 1, 256, stream, arguments);
+    lists of[2];
+    for (int i = 0; i < 2; i++) of[i] = (lists){layer->part[i].device_table, at + s.header[i], at + s.items[i], at + s.order[i], at + s.here[i]};
+    const unsigned grid = (unsigned)layer->model->sms * MQ_RESIDENT(blocks);
+    {
+        const unsigned copies = (unsigned)(((int64_t)tokens * (MQ_HIDDEN_LD / 8) + 255) / 256);
+        void *arguments[] = {&of[0], &of[1], &count, &topk_ids, &bits, &map, &experts, &pairs, &most, &x, &ldx, &tokens, &placed};
+        code = launch(layer->model, "mq_route", 2 + copies, 1, 256, stream, arguments);
     }
-    const unsigned grid = (unsigned)layer->model->sms * 4;
     if (!code) {
-        void *arguments[] = {&layer->part[0].arena, &layer->part[0].device_table, &x, &ldx, &k, &header[0], &items[0], &order[0], &mid};
+        void *arguments[] = {&layer->part[0].arena, &of[0], &placed, &k, &mid};
         snprintf(name, sizeof name, "mq_w13_%s_%d", type, blocks);
         code = launch(layer->model, name, grid, 1, 128, stream, arguments);
     }
     if (!code) {
-        int64_t ld = MQ_INNER_LD;
-        void *arguments[] = {&layer->part[1].arena, &layer->part[1].device_table, &mid, &ld, &k, &header[1], &items[1], &order[1], &parts};
+        void *arguments[] = {&layer->part[1].arena, &of[1], &mid, &k, &parts};
         snprintf(name, sizeof name, "mq_w2_%s_%d", type, blocks);
         code = launch(layer->model, name, grid, 1, 128, stream, arguments);
     }
     if (!code) {
-        void *arguments[] = {&parts, &layer->part[1].device_table, &count, &topk_ids, &bits, &map, &experts, &topk_weights, &k, &out, &ldo};
+        void *arguments[] = {&parts, &of[1].here, &topk_weights, &k, &out, &ldo};
         snprintf(name, sizeof name, "mq_combine_%s", type);
         code = launch(layer->model, name, (unsigned)tokens, (MQ_HIDDEN + 255) / 256, 256, stream, arguments);
     }
@@ -248,6 +256,7 @@ int mq_moe_forward(mq_layer *layer, const void *x, int64_t ldx, const void *topk
 }
 
 int mq_dequant(mq_layer *layer, int projection, int expert, void *out, int type, mq_stream stream) {
+    if ((uintptr_t)out % 4) return fail(MQ_BAD_POINTER, "out is not aligned to 4 bytes");
     if (projection < 0 || projection > 1 || !out || (type != MQ_BF16 && type != MQ_F16)) return fail(MQ_BAD_SIZE, "projection %d, type %d", projection, type);
     const mq_projection *p = &layer->part[projection];
     for (int i = 0; i < p->entries; i++) {

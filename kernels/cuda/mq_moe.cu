@@ -1,23 +1,28 @@
 // Grouped products of routed experts whose widths differ: one launch a projection, whatever the widths.
 //
-//   mq_route    one block: counts each expert's pairs (token, slot), writes work items in the table's order, widest expert first
+//   mq_route    blocks 0 and 1: count each expert's pairs (token, slot) of gate and up, of down, and write work items in the table's order,
+//               widest expert first; the further blocks copy the activations into the order in which a lane takes them
 //   mq_w13_*    gate and up with SwiGLU: [tokens, hidden] -> [pairs, inner]
 //   mq_w2_*     down: [pairs, inner] -> fp32 [pairs, hidden]
 //   mq_combine  adds each token's rows in the order of its slots, times the router's weights: no float atomics, the same bits every run
 //
 // A block is four warps, a unit of work 64 rows by up to 8 NB tokens of one expert over all inputs, a warp 16 of the rows. The grid is
 // constant and units are pulled with one atomic, so a CUDA graph may capture it. Sums run in fp32; the group scale multiplies a partial
-// sum once a group. Where zero is not 2^(b-1), the sums of the activations come out of one more product, with ones.
+// sum once a group. Where zero is stored, the sums of the activations come out of one more product, with ones.
+//
+// Activations between the kernels lie in rows padded with zeros to whole tiles (MQ_HIDDEN_LD, MQ_INNER_LD), and of every 32 of them a lane's
+// eight lie together (mq_place), so that the loop over the codes loads 16 bytes at a time and checks no bounds.
 
 struct mq_item { int slot, first, count; };
 
-// Workspace, in ints: header { items, pulled 13, pulled 2, pairs }, then items, then pairs in the order of the items.
+// What mq_route writes for one projection: header { items, pulled, pairs, 0 }, items, pairs in the order of the items, and for each pair
+// whether its expert is here.
 #define MQ_HEADER 4
-
-struct mq_work {
+struct mq_lists {
+    const mq_entry *table;
     int *header;
     mq_item *items;
-    int *pairs;
+    int *order, *here;
 };
 
 // Expert of a pair; -1 where this device does not hold it.
@@ -27,190 +32,265 @@ MQ_HD int mq_expert_of(const void *ids, int ids_bits, const int *expert_map, int
     return expert_map ? expert_map[id] : (int)id;
 }
 
-// One block of MQ_ROUTE_THREADS. `block` is the most tokens an item has.
 #define MQ_ROUTE_THREADS 256
-extern "C" MQ_GLOBAL void mq_route(const mq_entry *table, int entries, const void *ids, int ids_bits, const int *expert_map, int experts,
-                                   int pairs, int block, int *header, mq_item *items, int *order) {
+MQ_D void mq_list(const mq_lists &to, int entries, const void *ids, int ids_bits, const int *expert_map, int experts, int pairs, int block) {
     MQ_SHARED int counts[MQ_MAX_EXPERTS], starts[MQ_MAX_EXPERTS], firsts[MQ_MAX_EXPERTS];
+#pragma unroll 1
+    for (int pair = threadIdx.x; pair < pairs; pair += MQ_ROUTE_THREADS) to.here[pair] = 0;
+#pragma unroll 1
     for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS) {
-        int expert = (int)table[slot].expert_id, count = 0;
+        int expert = (int)to.table[slot].expert_id, count = 0;
+#pragma unroll 4
         for (int pair = 0; pair < pairs; pair++) count += mq_expert_of(ids, ids_bits, expert_map, pair, experts) == expert;
         counts[slot] = count;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         int start = 0, item = 0;
+#pragma unroll 1
         for (int slot = 0; slot < entries; slot++) {
             starts[slot] = start;
             firsts[slot] = item;
             start += counts[slot];
             item += (counts[slot] + block - 1) / block;
         }
-        header[0] = item;
-        header[1] = header[2] = 0;
-        header[3] = start;
+        to.header[0] = item;
+        to.header[1] = 0;
+        to.header[2] = start;
+        to.header[3] = 0;
     }
     __syncthreads();
+#pragma unroll 1
     for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS) {
-        int expert = (int)table[slot].expert_id, at = starts[slot];
+        int expert = (int)to.table[slot].expert_id, at = starts[slot];
         // Pairs of an expert stay in the order of the tokens: what is added where does not depend on a race.
+#pragma unroll 1
         for (int pair = 0; pair < pairs && at < starts[slot] + counts[slot]; pair++)
-            if (mq_expert_of(ids, ids_bits, expert_map, pair, experts) == expert) order[at++] = pair;
+            if (mq_expert_of(ids, ids_bits, expert_map, pair, experts) == expert) {
+                to.order[at++] = pair;
+                to.here[pair] = 1;
+            }
+#pragma unroll 1
         for (int i = 0; i * block < counts[slot]; i++) {
             int left = counts[slot] - i * block;
-            items[firsts[slot] + i] = {slot, starts[slot] + i * block, left < block ? left : block};
+            to.items[firsts[slot] + i] = {slot, starts[slot] + i * block, left < block ? left : block};
         }
     }
 }
 
-// Two activations of one row at k, 0 past the end.
-MQ_HD mq_u32 mq_two(const mq_u16 *row, int k, int inputs) {
-    if (!row || k >= inputs) return 0;
-    return *(const mq_u32 *)(row + k);
+// Where input k lies in a row of activations: of 32, lane t has 2t, 2t + 1 and those 8, 16, 24 further.
+MQ_HD constexpr int mq_place(int k) { return (k & ~30) | (k & 6) << 2 | (k >> 2 & 6); }
+
+// Grid: 2 + ceil(tokens * MQ_HIDDEN_LD / 8 / 256). `block` is the most tokens an item has; x [tokens, ldx] is aligned to 4 bytes, ldx even.
+extern "C" MQ_GLOBAL void mq_route(mq_lists first, mq_lists second, int entries, const void *ids, int ids_bits, const int *expert_map, int experts,
+                                   int pairs, int block, const mq_u16 *x, long long ldx, int tokens, mq_u16 *placed) {
+    const bool down = blockIdx.x == 1;
+    const mq_lists to = {down ? second.table : first.table, down ? second.header : first.header, down ? second.items : first.items,
+                         down ? second.order : first.order, down ? second.here : first.here};
+    if (blockIdx.x < 2) return mq_list(to, entries, ids, ids_bits, expert_map, experts, pairs, block);
+    const long long part = (long long)(blockIdx.x - 2) * MQ_ROUTE_THREADS + threadIdx.x;
+    const long long token = part / (MQ_HIDDEN_LD / 8);
+    if (token >= tokens) return;
+    const int at = (int)(part % (MQ_HIDDEN_LD / 8)), k = at / 4 * 32 + at % 4 * 2;
+    mq_u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = k + 8 * i < MQ_HIDDEN ? *(const mq_u32 *)(x + token * ldx + k + 8 * i) : 0;
+    mq_store_x(placed + token * MQ_HIDDEN_LD + at * 8, w);
 }
 
-// acc[n] += W(slab) * x over all inputs. rows[n] are the activations of token 8n + g, null past the item's end.
-template <class T, int B, int NB>
-MQ_D void mq_slab_product(const mq_u8 *arena, const mq_entry &e, int row_tile, int slab, int lane, const mq_u16 *const *rows, int inputs, float (*acc)[4]) {
-    const mq_u32 *words = (const mq_u32 *)(arena + 16ull * e.w_off16) + ((unsigned long long)row_tile * e.k_tiles * 4 + slab) * (64 * B);
-    const mq_u8 *scales = arena + 16ull * e.s_off16, *zeros = arena + 16ull * e.z_off16;
-    const int g = lane >> 2, t = lane & 3;
-    const int groups = e.log2_gs == 0xff ? 1 : (e.k_tiles * 128) >> e.log2_gs;
+// What a group comes to: its sum times its scale, and what its stored zero takes off. `code`'s step is left to the end.
+template <class code, int B, int FLAGS, int NB>
+MQ_D void mq_group(const mq_groups<B, FLAGS> &groups, int at, float (*part)[4], float (*total)[4], float (*acc)[4]) {
+    float s[2], c[2];
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+        s[side] = groups.scale(at + 8 * side);
+        if constexpr (mq_groups<B, FLAGS>::stored) {
+            const float z = groups.zero(at + 8 * side);
+            c[side] = (FLAGS & MQ_OFFSET ? fmaf(s[side], code::zero, z) : s[side] * (code::zero - z)) * (1.0f / code::step);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NB; n++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            acc[n][r] = fmaf(s[r / 2], part[n][r], acc[n][r]);
+            if constexpr (mq_groups<B, FLAGS>::stored) acc[n][r] = fmaf(c[r / 2], total[n][r], acc[n][r]);
+        }
+}
+
+// One tile's codes of a lane times the activations: 16 rows by 128 inputs. `groups` begin with the tile's first, at the lane's row.
+template <class T, int B, int LOG2_GS, int FLAGS, int NB>
+MQ_D void mq_tile(const mq_u32 *w, const mq_u16 *const *rows, const mq_groups<B, FLAGS> &groups, float (*part)[4], float (*total)[4], float (*acc)[4]) {
+    typedef mq_code<T, B, (FLAGS & MQ_HALF) != 0> code;
+    constexpr bool sums = mq_groups<B, FLAGS>::stored, whole = LOG2_GS == 255;
     // Fragments of 16 inputs a group: 2, 4, 8, or the whole row.
-    const int run = e.log2_gs == 0xff ? e.k_tiles * 8 : 1 << (e.log2_gs - 4);
-    // At one bit the operands are ±1 around a half, so only a stored zero needs the sums.
-    const bool sums = (e.flags & (MQ_ZEROS | MQ_OFFSET)) || (B != 1 && (e.flags & MQ_HALF));
-    const mq_u32 one = T::mant == 7 ? 0x3f803f80u : 0x3c003c00u;
+    constexpr int run = whole ? 8 : 1 << (LOG2_GS - 4) % 32;
+    constexpr mq_u32 one = T::mant == 7 ? 0x3f803f80u : 0x3c003c00u;
     const mq_u32 ones[4] = {one, one, one, one};
-    float part[NB][4] = {}, total[NB][4] = {};
-    for (int tile = 0; tile < e.k_tiles; tile++) {
-        mq_u32 w[2 * B];
-        mq_slab<B>(words + (unsigned long long)tile * (256 * B), lane, w);
-        mq_each<8>([&](auto fragment) {
-            constexpr int J = decltype(fragment)::value, H = J / 4, P = J % 4 * 4;
-            const mq_u32 a[4] = {mq_operand<T, B, P>(w + H * B), mq_operand<T, B, P + 1>(w + H * B), mq_operand<T, B, P + 2>(w + H * B),
-                                 mq_operand<T, B, P + 3>(w + H * B)};
-            const int k = tile * 128 + J * 16 + 2 * t;
+    mq_each<4>([&](auto quarter) {
+        constexpr int Q = decltype(quarter)::value;
+        mq_u32 x[NB][4];
+#pragma unroll
+        for (int n = 0; n < NB; n++) mq_load_x(rows[n] + Q * 32, x[n]);
+        mq_each<2>([&](auto fragment) {
+            constexpr int J = 2 * Q + decltype(fragment)::value, P = J % 4 * 4;
+            constexpr bool first = !whole && J % run == 0;
+            const mq_u32 *half = w + J / 4 * B;
+            const mq_u32 a[4] = {code::template pair<P>(half), code::template pair<P + 1>(half), code::template pair<P + 2>(half),
+                                 code::template pair<P + 3>(half)};
 #pragma unroll
             for (int n = 0; n < NB; n++) {
-                const mq_u32 b[2] = {mq_two(rows[n], k, inputs), mq_two(rows[n], k + 8, inputs)};
-                mq_mma<T>(part[n], a, b);
-                if (sums) mq_mma<T>(total[n], ones, b);
-            }
-            // A group has two fragments at least.
-            const int done = tile * 8 + J + 1;
-            if (J % 2 == 1 && done % run == 0) {
-                unsigned long long i = ((unsigned long long)row_tile * groups + (done / run - 1)) * 64 + slab * 16 + g;
-                const float s0 = mq_scale(scales, e.flags, i), s1 = mq_scale(scales, e.flags, i + 8);
-                float c0 = 0, c1 = 0;
-                if (sums) {
-                    c0 = mq_correction(zeros, e, i, s0, mq_zero<B>());
-                    c1 = mq_correction(zeros, e, i + 8, s1, mq_zero<B>());
-                }
-#pragma unroll
-                for (int n = 0; n < NB; n++)
-#pragma unroll
-                    for (int r = 0; r < 4; r++) {
-                        acc[n][r] = fmaf(r < 2 ? s0 * mq_step<B>() : s1 * mq_step<B>(), part[n][r], acc[n][r]);
-                        if (sums) acc[n][r] = fmaf(r < 2 ? c0 : c1, total[n][r], acc[n][r]);
-                        part[n][r] = total[n][r] = 0;
-                    }
+                mq_mma<T, first>(part[n], a, x[n] + J % 2 * 2);
+                if constexpr (sums) mq_mma<T, first>(total[n], ones, x[n] + J % 2 * 2);
             }
         });
-    }
+        if constexpr (!whole && (2 * Q + 2) % run == 0)
+            mq_group<code, B, FLAGS, NB>(groups, ((2 * Q + 2) / run - 1) * 64, part, total, acc);
+    });
 }
 
-template <class T, int NB>
-MQ_D void mq_product(const mq_u8 *arena, const mq_entry &e, int row_tile, int slab, int lane, const mq_u16 *const *rows, int inputs, float (*acc)[4]) {
-    switch (e.bits) {
-#define MQ_CASE(B) case B: mq_slab_product<T, B, NB>(arena, e, row_tile, slab, lane, rows, inputs, acc); break;
-        MQ_WIDTHS(MQ_CASE)
+// acc[n] += W(slab) * x over all inputs. rows[n] are the activations of token 8n + g at the lane's place.
+template <class T, int B, int LOG2_GS, int FLAGS, int NB>
+MQ_D void mq_slab_product(const mq_u8 *arena, const mq_entry &e, int row_tile, int slab, int lane, const mq_u16 **rows, float (*acc)[4]) {
+    typedef mq_code<T, B, (FLAGS & MQ_HALF) != 0> code;
+    constexpr int a_tile = LOG2_GS == 255 ? 0 : 128 >> LOG2_GS % 32;
+    const int tiles = e.k_tiles;
+    const mq_u32 *words = (const mq_u32 *)(arena + 16ull * e.w_off16) + ((unsigned long long)row_tile * tiles * 4 + slab) * (64 * B) + lane * mq_vector<B>();
+    auto groups = mq_groups<B, FLAGS>::of(arena, e, (unsigned long long)row_tile * (a_tile ? tiles * a_tile : 1) * 64 + slab * 16 + (lane >> 2));
+    float part[NB][4] = {}, total[NB][4] = {};
+    // The codes of a tile are under way while those before them are multiplied.
+    mq_u32 w[2 * B], next[2 * B];
+    mq_slab<B>(words, w);
+    auto step = [&](int tile, const mq_u32 *now, mq_u32 *then) {
+        words += 256 * B;
+        if (tile + 1 < tiles) mq_slab<B>(words, then);
+        mq_tile<T, B, LOG2_GS, FLAGS, NB>(now, rows, groups, part, total, acc);
+        groups.skip(a_tile * 64);
+#pragma unroll
+        for (int n = 0; n < NB; n++) rows[n] += 128;
+    };
+    if constexpr (NB == 1) {
+        // Two tiles a turn: their registers change roles, and nothing is copied.
+#pragma unroll 1
+        for (int tile = 0;; tile += 2) {
+            step(tile, w, next);
+            if (tile + 1 >= tiles) break;
+            step(tile + 1, next, w);
+            if (tile + 2 >= tiles) break;
+        }
+    } else if constexpr (NB == 4 && B == 8) {
+        // No registers are left for codes under way.
+#pragma unroll 1
+        for (int tile = 0;; tile++) {
+            step(tiles, w, next);
+            if (tile + 1 >= tiles) break;
+            mq_slab<B>(words, w);
+        }
+    } else {
+#pragma unroll 1
+        for (int tile = 0; tile < tiles; tile++) {
+            step(tile, w, next);
+#pragma unroll
+            for (int i = 0; i < 2 * B; i++) w[i] = next[i];
+        }
+    }
+    if constexpr (LOG2_GS == 255) mq_group<code, B, FLAGS, NB>(groups, 0, part, total, acc);
+    if constexpr (code::step != 1.0f)
+#pragma unroll
+        for (int n = 0; n < NB; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) acc[n][r] *= code::step;
+}
+
+// The product of an entry's slab, by its form: those of gate and up, or of down.
+template <class T, int NB, bool SECOND>
+MQ_D void mq_product(const mq_u8 *arena, const mq_entry &e, int row_tile, int slab, int lane, const mq_u16 **rows, float (*acc)[4]) {
+#define MQ_CASE(B, G, F) case MQ_KEY(B, G, F): return mq_slab_product<T, B, G, F, NB>(arena, e, row_tile, slab, lane, rows, acc);
+    if constexpr (SECOND) switch (mq_key(e)) { MQ_FORMS_2(MQ_CASE) }
+    else switch (mq_key(e)) { MQ_FORMS_13(MQ_CASE) }
 #undef MQ_CASE
-    }
 }
-
-MQ_HD float mq_silu(float x) { return x / (1.0f + expf(-x)); }
 
 // SECOND: down, from rows of pairs to fp32; else gate and up, from rows of tokens to activations.
 template <class T, int NB, bool SECOND>
-MQ_D void mq_grouped(const mq_u8 *arena, const mq_entry *table, const mq_u16 *x, long long ldx, int inputs, int top_k, int *header,
-                     const mq_item *items, const int *order, void *out, int ldo, int outputs, int row_tiles) {
+MQ_D void mq_grouped(const mq_u8 *arena, const mq_lists &lists, const mq_u16 *x, int top_k, void *out) {
+    constexpr int outputs = SECOND ? MQ_HIDDEN : MQ_INNER, ldx = SECOND ? MQ_INNER_LD : MQ_HIDDEN_LD;
+    constexpr int row_tiles = (outputs + (SECOND ? 63 : 31)) / (SECOND ? 64 : 32);
     MQ_SHARED int pulled;
     const int slab = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     for (;;) {
         __syncthreads();
-        if (threadIdx.x == 0) pulled = mq_pull(header + (SECOND ? 2 : 1));
+        if (threadIdx.x == 0) pulled = mq_pull(lists.header + 1);
         __syncthreads();
         const int unit = pulled;
-        if (unit >= header[0] * row_tiles) return;
-        const mq_item item = items[unit / row_tiles];
+        if (unit >= lists.header[0] * row_tiles) return;
+        const mq_item item = lists.items[unit / row_tiles];
         const int row_tile = unit % row_tiles;
-        const mq_entry e = table[item.slot];
+        const mq_entry e = lists.table[item.slot];
         const mq_u16 *rows[NB];
 #pragma unroll
         for (int n = 0; n < NB; n++) {
-            const int at = n * 8 + g;
-            rows[n] = 0;
-            if (at < item.count) {
-                const int pair = order[item.first + at];
-                rows[n] = x + (SECOND ? pair : pair / top_k) * ldx;
-            }
+            // Past the item's end its first token stands in: columns of a product do not mix, and this one is not written.
+            const int pair = lists.order[item.first + (n * 8 + g < item.count ? n * 8 + g : 0)];
+            rows[n] = x + (long long)(SECOND ? pair : pair / top_k) * ldx + t * 8;
         }
         float acc[NB][4] = {};
-        mq_product<T, NB>(arena, e, row_tile, slab, lane, rows, inputs, acc);
+        mq_product<T, NB, SECOND>(arena, e, row_tile, slab, lane, rows, acc);
 #pragma unroll
         for (int n = 0; n < NB; n++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int at = n * 8 + 2 * t + r;
                 if (at >= item.count) continue;
-                const int pair = order[item.first + at];
+                const int pair = lists.order[item.first + at];
                 if constexpr (SECOND) {
                     const int row = row_tile * 64 + slab * 16 + g;
-                    float *to = (float *)out + (long long)pair * ldo;
+                    float *to = (float *)out + (long long)pair * MQ_HIDDEN;
                     if (row < outputs) to[row] = acc[n][r];
                     if (row + 8 < outputs) to[row + 8] = acc[n][r + 2];
                 } else {
                     const int row = row_tile * 32 + slab * 8 + g;
-                    mq_u16 *to = (mq_u16 *)out + (long long)pair * ldo;
-                    if (row < outputs) to[row] = mq_round<T>(mq_silu(acc[n][r]) * acc[n][r + 2]);
+                    mq_u16 *to = (mq_u16 *)out + (long long)pair * MQ_INNER_LD;
+                    to[mq_place(row)] = row < outputs ? mq_round<T>(mq_silu(acc[n][r]) * acc[n][r + 2]) : 0;
+                    if constexpr (row_tiles * 32 < MQ_INNER_LD)
+                        if (row_tile == row_tiles - 1)
+#pragma unroll 1
+                            for (int rest = row + 32; rest < MQ_INNER_LD; rest += 32) to[mq_place(rest)] = 0;
                 }
             }
     }
 }
 
-#define MQ_ENTRY(NB, NAME, T)                                                                                                              \
-    extern "C" MQ_GLOBAL void mq_w13_##NAME##_##NB(const mq_u8 *arena, const mq_entry *table, const mq_u16 *x, long long ldx, int top_k,      \
-                                                  int *header, const mq_item *items, const int *order, mq_u16 *out) {                       \
-        mq_grouped<T, NB, false>(arena, table, x, ldx, MQ_HIDDEN, top_k, header, items, order, out, MQ_INNER_LD, MQ_INNER, (MQ_INNER + 31) / 32); \
-    }                                                                                                                                      \
-    extern "C" MQ_GLOBAL void mq_w2_##NAME##_##NB(const mq_u8 *arena, const mq_entry *table, const mq_u16 *x, long long ldx, int top_k,       \
-                                                 int *header, const mq_item *items, const int *order, float *out) {                         \
-        mq_grouped<T, NB, true>(arena, table, x, ldx, MQ_INNER, top_k, header, items, order, out, MQ_HIDDEN, MQ_HIDDEN, (MQ_HIDDEN + 63) / 64); \
+// MQ_RESIDENT blocks hide each other's waits; more would leave a thread too few registers, and what does not fit goes to local memory.
+#define MQ_ENTRY(NB, NAME, T)                                                                                                                 \
+    extern "C" MQ_GLOBAL void MQ_LAUNCH(128, MQ_RESIDENT(NB))                                                                                  \
+    mq_w13_##NAME##_##NB(const mq_u8 *arena, mq_lists lists, const mq_u16 *x, int top_k, mq_u16 *out) {                                        \
+        mq_grouped<T, NB, false>(arena, lists, x, top_k, out);                                                                                 \
+    }                                                                                                                                         \
+    extern "C" MQ_GLOBAL void MQ_LAUNCH(128, MQ_RESIDENT(NB))                                                                                  \
+    mq_w2_##NAME##_##NB(const mq_u8 *arena, mq_lists lists, const mq_u16 *x, int top_k, float *out) {                                          \
+        mq_grouped<T, NB, true>(arena, lists, x, top_k, out);                                                                                  \
     }
 #define MQ_BOTH(NB) MQ_ENTRY(NB, bf16, mq_bf16) MQ_ENTRY(NB, f16, mq_f16)
 MQ_BLOCKS(MQ_BOTH)
 
 // Grid: (tokens, hidden / 256), 256 threads. A pair whose expert is not here adds nothing.
 template <class T>
-MQ_D void mq_combine(const float *parts, const mq_entry *table, int entries, const void *ids, int ids_bits, const int *expert_map, int experts,
-                     const float *weights, int top_k, mq_u16 *out, long long ldo) {
+MQ_D void mq_combine(const float *parts, const int *here, const float *weights, int top_k, mq_u16 *out, long long ldo) {
     const int token = blockIdx.x, h = blockIdx.y * 256 + threadIdx.x;
     if (h >= MQ_HIDDEN) return;
     float sum = 0;
+#pragma unroll 1
     for (int slot = 0; slot < top_k; slot++) {
-        const int pair = token * top_k + slot, expert = mq_expert_of(ids, ids_bits, expert_map, pair, experts);
-        bool here = false;
-        for (int i = 0; i < entries && expert >= 0; i++) here |= (int)table[i].expert_id == expert;
-        if (here) sum = fmaf(weights[pair], parts[(long long)pair * MQ_HIDDEN + h], sum);
+        const int pair = token * top_k + slot;
+        if (here[pair]) sum = fmaf(weights[pair], parts[(long long)pair * MQ_HIDDEN + h], sum);
     }
     out[token * ldo + h] = mq_round<T>(sum);
 }
-extern "C" MQ_GLOBAL void mq_combine_bf16(const float *parts, const mq_entry *table, int entries, const void *ids, int ids_bits, const int *expert_map,
-                                          int experts, const float *weights, int top_k, mq_u16 *out, long long ldo) {
-    mq_combine<mq_bf16>(parts, table, entries, ids, ids_bits, expert_map, experts, weights, top_k, out, ldo);
+extern "C" MQ_GLOBAL void mq_combine_bf16(const float *parts, const int *here, const float *weights, int top_k, mq_u16 *out, long long ldo) {
+    mq_combine<mq_bf16>(parts, here, weights, top_k, out, ldo);
 }
-extern "C" MQ_GLOBAL void mq_combine_f16(const float *parts, const mq_entry *table, int entries, const void *ids, int ids_bits, const int *expert_map,
-                                         int experts, const float *weights, int top_k, mq_u16 *out, long long ldo) {
-    mq_combine<mq_f16>(parts, table, entries, ids, ids_bits, expert_map, experts, weights, top_k, out, ldo);
+extern "C" MQ_GLOBAL void mq_combine_f16(const float *parts, const int *here, const float *weights, int top_k, mq_u16 *out, long long ldo) {
+    mq_combine<mq_f16>(parts, here, weights, top_k, out, ldo);
 }

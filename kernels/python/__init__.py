@@ -1,4 +1,4 @@
-"""Reads the MQT-1 layout in PyTorch, on any device, from the specification alone: the fallback where no kernel runs.
+"""Reads the MQT-1 layout in PyTorch, on any device, from the specification alone, and calls the emitted kernels on CUDA tensors.
 
     import moepress_kernels as mk        # transformers 5 then loads native checkpoints by from_pretrained
     model = mk.load("out/")              # the same in one call; routed experts stay packed
@@ -15,6 +15,8 @@ import pathlib
 import struct
 
 import torch
+
+from . import cuda
 
 LAYOUT = "MQT-1"
 NONE = 0xFFFFFFFF
@@ -166,11 +168,21 @@ class Arena(torch.nn.Module):
 def experts_forward(arenas, act, hidden_states, top_k_index, top_k_weights, dropped=(), mean=None):
     """What routed experts say: `arenas` maps gate_up and down, or gate, up and down, to an `Arena`; the rest is as transformers 5 has it.
 
-    An expert is decoded when a token asks for it, and forgotten. Experts in the list `dropped` put out their row of `mean`
+    On a CUDA device the kernels of the checkpoint do it, where they have a form for it: bf16 or f16, silu, gate and up together. Else an
+    expert is decoded when a token asks for it, and forgotten.
+    Experts in the list `dropped` put out their row of `mean`
     [dropped, hidden], or nothing without it; the router chooses them as before.
     """
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     top_k_index, top_k_weights = top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1)
+    if x.is_cuda:
+        said = cuda.experts_forward(kernels_folder, arenas, act, x, top_k_index, top_k_weights)
+        if said is not None:
+            # What stands in no table adds nothing there.
+            if dropped and mean is not None:
+                given = top_k_index[:, :, None] == torch.tensor(dropped, device=x.device)
+                said = said + (top_k_weights[:, :, None] * given).sum(1).to(x.dtype) @ mean.to(x.dtype)
+            return said.view_as(hidden_states)
     out = torch.zeros_like(x)
     for expert in top_k_index.unique().tolist():
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)
@@ -223,9 +235,19 @@ def load(folder, dtype=torch.float32):
     return model
 
 
-def self_test(folder):
+@functools.cache
+def kernels_folder():
+    """Where the kernels lie: inside this package, as on the Hub, or two folders above it, as `moepress emit` writes them."""
+    here = pathlib.Path(__file__).parent
+    for folder in (here / "kernels", here.parent.parent):
+        if (folder / "manifest.json").is_file():
+            return folder
+    raise FileNotFoundError(f"no manifest.json in {here / 'kernels'} or {here.parent.parent}: the package was taken away from its kernels")
+
+
+def self_test(folder=None):
     """Decodes the golden tiles that lie beside the kernels; raises if a sum differs. Gives the widths that were tried."""
-    golden = json.loads((pathlib.Path(folder) / "tests/golden.json").read_text())
+    golden = json.loads((pathlib.Path(folder or kernels_folder()) / "tests/golden.json").read_text())
     k = torch.arange(128, dtype=torch.float64)
     x = k % 13 - 6 + k / 128
     for case in golden["cases"]:

@@ -32,23 +32,29 @@ class Projection(ctypes.Structure):
     ]
 
 
-def random_arena(shape, experts, widths, gate_up, generator):
-    """Arena and table of random words; scales of about the size that keeps activations small."""
+def random_arena(shape, experts, forms, gate_up, generator):
+    """Arena and table of random words in the forms (bits, log2 of the group, flags) that the kernels are compiled for; scales of about the
+    size that keeps activations small."""
     rows = 2 * -(-shape[0] // 32) * 32 if gate_up else -(-shape[0] // 64) * 64
     columns, parts, table, end = -(-shape[1] // 128) * 128, [], [], 0
-    order = sorted(range(experts), key=lambda e: (-widths[e % len(widths)], e))
+    order = sorted(range(experts), key=lambda e: (-forms[e % len(forms)][0], e))
     for expert in order:
-        bits = widths[expert % len(widths)]
+        bits, log2, flags = forms[expert % len(forms)]
         words = torch.randint(0, 256, (rows * columns * bits // 8,), dtype=torch.uint8, generator=generator)
-        scales = (torch.rand(rows * columns // 128, generator=generator) + 0.5) / (2**bits * shape[1] ** 0.5)
-        offsets = []
-        for part in (words, scales.to(torch.bfloat16).view(torch.uint8)):
+        groups, kind = rows * (1 if log2 == 255 else columns >> log2), (torch.bfloat16, torch.float16, torch.float32)[flags >> 9 & 3]
+        scales = (torch.rand(groups, generator=generator) + 0.5) / (2**bits * shape[1] ** 0.5)
+        parts_of, offsets = [words, scales.to(kind).view(torch.uint8)], []
+        if flags & 0x20:
+            parts_of.append(torch.randint(0, 256 if bits <= 4 else 2**bits, (groups // 2 if bits <= 4 else groups,), dtype=torch.uint8, generator=generator))
+        elif flags & 0x40:
+            parts_of.append((-scales * 2 ** (bits - 1)).to(kind).view(torch.uint8))
+        for part in parts_of:
             offsets.append(end // 16)
             padding = -part.numel() % 256
             parts += [part, torch.zeros(padding, dtype=torch.uint8)]
             end += part.numel() + padding
-        flags = (0x10 if gate_up else 0) | (0x80 if bits < 3 else 0)
-        table.append(struct.pack("<4I2B3H2I", *offsets, 0xFFFFFFFF, 0xFFFFFFFF, bits, 7, flags, rows // 64, columns // 128, expert, 0))
+        offsets += [0xFFFFFFFF] * (4 - len(offsets))
+        table.append(struct.pack("<4I2B3H2I", *offsets, bits, log2, flags | (0x10 if gate_up else 0), rows // 64, columns // 128, expert, 0))
     return torch.cat(parts), torch.tensor(list(b"".join(table)), dtype=torch.uint8)
 
 
@@ -85,7 +91,7 @@ class Layer:
     def __init__(self, kernels, mk, generator):
         m = kernels.manifest
         shapes = [(m["inner"], m["hidden"]), (m["hidden"], m["inner"])]
-        made = [random_arena(shape, m["experts"], m["widths"], i == 0, generator) for i, shape in enumerate(shapes)]
+        made = [random_arena(shape, m["experts"], m["forms"]["down" if i else "gate_up"], i == 0, generator) for i, shape in enumerate(shapes)]
         self.held = [[t.cuda() for t in pair] + [pair[1]] for pair in made]
         self.parts = [Projection(a.data_ptr(), a.numel(), host.data_ptr(), t.data_ptr(), m["experts"], 0) for a, t, host in self.held]
         self.arenas = {name: mk.Arena(a, t, shape) for name, (a, t), shape in zip(("gate_up", "down"), made, shapes)}

@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM
 ROWS, TOKENS = 2, 64
 """Tokens that are compared, drawn from the whole vocabulary."""
 
+HUB = os.environ.get("KERNELS_HUB")
+"""Where Hugging Face's library `kernels` lies, for a path of its own."""
+
 EXACT = 1e-4
 """Two float32 implementations that sum in different orders."""
 ROUNDED = 5e-3

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Other people's code on our output: compresses the bundled model by the quick start's recipe, then lets transformers 5.17.0 and
 # 4.57.3 load what was exported and compares logits with `moepress eval`. llama.cpp's tools take the importance matrix that
-# `moepress imatrix` writes (not with WITH_LLAMACPP=no).
+# `moepress imatrix` writes (not with WITH_LLAMACPP=no). Hugging Face's `kernels` loads the project that `moepress emit` writes for it.
 #
 #     tests/interop/run.sh [PYTEST ARGUMENTS]
 #
@@ -56,8 +56,12 @@ llamacpp() {
         { tail -40 "$1/build.log" >&2; return 1; }
 }
 
+hub() { "$work/transformers5/bin/pip" install -q --no-deps --target "$1" -r tests/interop/requirements-hub.txt; }
+
 once transformers5 newest tests/interop/requirements.txt tests/interop/cpu_torch.py
 once transformers4 older tests/interop/requirements.txt tests/interop/requirements-transformers4.txt
+once hub hub tests/interop/requirements-hub.txt
+export KERNELS_HUB="$work/hub"
 
 # About three CPU minutes of compiling the first time; WITH_LLAMACPP=no leaves it out, and its tests are skipped aloud.
 if [ "${WITH_LLAMACPP:-yes}" = yes ]; then

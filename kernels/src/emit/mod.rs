@@ -2,9 +2,11 @@
 //!
 //! The CUDA C++ stands in real files (`kernels/cuda`); what is emitted is a block of constants and those files in one translation unit
 //! without includes, which NVRTC compiles for every architecture from sm_80 on, g++ for the tests; beside it a C interface with a loader
-//! that needs `cc` alone, a Python package, and a manifest. Machine code comes from [`crate::nvrtc`] and is put beside it; where it could
+//! that needs `cc` alone, a Python package, the same as a project of Hugging Face's `kernels`, and a manifest. Machine code comes from [`crate::nvrtc`] and is put beside it; where it could
 //! not be made the manifest says `"compiled": []` and why, and the loader compiles `mq_moe.cu` at first use, or takes the cubins that
 //! `python/compile.py` makes.
+
+mod hub;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +14,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::layout::table::Arena;
-use crate::layout::{self, Packed, Rows};
+use crate::layout::{self, Packed, Rows, TILE_INPUTS};
 use crate::{Error, QuantizedMatrix, Result};
 
 const DEVICE: &str = include_str!("../../cuda/mq_device.cuh");
@@ -22,6 +24,7 @@ const HEADER: &str = include_str!("../../cuda/mq_moe.h");
 const LOADER: &str = include_str!("../../cuda/mq_loader.c");
 const PYTHON: &str = include_str!("../../python/__init__.py");
 const INTEGRATION: &str = include_str!("../../python/integration.py");
+const CUDA: &str = include_str!("../../python/cuda.py");
 const COMPILE: &str = include_str!("../../python/compile.py");
 const PYPROJECT: &str = include_str!("../../python/pyproject.toml");
 
@@ -113,6 +116,15 @@ impl Model {
         widths.into_iter().rev().collect()
     }
 
+    /// What the kernels of one projection (0: gate and up, 1: down) are compiled for: width, log2 of the group (255: whole rows) and flags
+    /// of every form that occurs, widest first.
+    fn forms(&self, projection: usize) -> Vec<[u16; 3]> {
+        let entries = self.layers.iter().flat_map(|layer| &layer.projections[projection].1.entries);
+        let forms: BTreeSet<[u16; 3]> =
+            entries.map(|entry| [entry.form.bits.into(), entry.form.log2_group().into(), entry.form.flags()]).collect();
+        forms.into_iter().rev().collect()
+    }
+
     fn check(&self) -> Result<()> {
         let refuse = |what: String| Err(Error::Holds { target: "the emitted kernels", what });
         let [hidden, inner] = self.sizes;
@@ -146,14 +158,21 @@ pub fn objection(sides: [usize; 2], experts: usize) -> Option<String> {
 /// The constants, as C and CUDA read them.
 fn constants(model: &Model) -> String {
     let [hidden, inner] = model.sizes;
-    let widths = model.widths();
-    let list = widths.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
-    let each = widths.iter().map(|bits| format!("X({bits})")).collect::<Vec<_>>().join(" ");
+    let [mut first, second] = [0, 1].map(|projection| model.forms(projection));
+    let each =
+        |forms: &[[u16; 3]]| forms.iter().map(|[bits, log2, flags]| format!("X({bits}, {log2}, {flags:#x})")).collect::<Vec<_>>().join(" ");
+    let [gate_up, down] = [&first, &second].map(|forms| each(forms));
+    first.extend(second);
+    let all: BTreeSet<[u16; 3]> = first.into_iter().collect();
+    let all = each(&all.into_iter().rev().collect::<Vec<_>>());
     format!(
         "// Written for one checkpoint by `moepress emit`; write it anew instead of editing it.\n\
-         #define MQ_HIDDEN {hidden}\n#define MQ_INNER {inner}\n#define MQ_INNER_LD {}\n#define MQ_EXPERTS {}\n#define MQ_MAX_EXPERTS {}\n\
-         #define MQ_TOP_K {}\n#define MQ_WIDTHS(X) {each}\n#define MQ_WIDTH_LIST {list}\n#define MQ_BLOCKS(X) X(1) X(2) X(4)\n",
-        inner.next_multiple_of(8),
+         #define MQ_HIDDEN {hidden}\n#define MQ_INNER {inner}\n#define MQ_HIDDEN_LD {}\n#define MQ_INNER_LD {}\n#define MQ_EXPERTS {}\n\
+         #define MQ_MAX_EXPERTS {}\n#define MQ_TOP_K {}\n#define MQ_FORMS_13(X) {gate_up}\n#define MQ_FORMS_2(X) {down}\n\
+         #define MQ_FORMS(X) {all}\n#define MQ_BLOCKS(X) X(1) X(2) X(4)\n\
+         #define MQ_RESIDENT(NB) (NB == 1 ? 6 : NB == 2 ? 4 : 3)\n",
+        hidden.next_multiple_of(TILE_INPUTS),
+        inner.next_multiple_of(TILE_INPUTS),
         model.experts,
         model.experts,
         model.top_k,
@@ -181,6 +200,7 @@ pub fn emit(model: &Model, images: &Images) -> Result<FileSet> {
     add("mq_loader.c", LOADER.to_owned());
     add("python/moepress_kernels/__init__.py", PYTHON.to_owned());
     add("python/moepress_kernels/integration.py", INTEGRATION.to_owned());
+    add("python/moepress_kernels/cuda.py", CUDA.to_owned());
     add("python/moepress_kernels/compile.py", COMPILE.to_owned());
     add("python/pyproject.toml", PYPROJECT.to_owned());
     let golden = golden(&model.widths())?;
@@ -189,6 +209,7 @@ pub fn emit(model: &Model, images: &Images) -> Result<FileSet> {
     files.insert("tests/golden.json".to_owned(), golden);
     files.insert("manifest.json".to_owned(), format!("{manifest:#}\n").into_bytes());
     files.extend(images.compiled.iter().map(|image| (image.file(), image.bytes.clone())));
+    files.extend(hub::project(&files, model, images));
     Ok(files)
 }
 
@@ -229,6 +250,7 @@ fn manifest(model: &Model, images: &Images, files: &BTreeMap<&str, String>, gold
         "experts": model.experts,
         "top_k": model.top_k,
         "widths": model.widths(),
+        "forms": { "gate_up": model.forms(0), "down": model.forms(1) },
         "threads": 128,
         "tokens_per_item": { "1": 8, "2": 16, "4": 32 },
         "entry_points": entry_points,

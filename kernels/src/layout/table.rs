@@ -33,31 +33,42 @@ pub struct Entry {
     pub expert: u32,
 }
 
-impl Entry {
-    /// The 32 bytes.
-    pub fn to_bytes(&self) -> [u8; ENTRY_BYTES] {
-        let form = &self.form;
-        let scale = match form.scale_type {
+impl Form {
+    /// `log2_gs` of an entry: 0xff for whole rows.
+    pub(crate) fn log2_group(&self) -> u8 {
+        match self.group {
+            Group::Size(size) => size.trailing_zeros() as u8,
+            Group::PerChannel => 0xff,
+        }
+    }
+
+    /// `flags` of an entry, without that of gate and up: the kind of zero and the type of the scales.
+    pub(crate) fn flags(&self) -> u16 {
+        let scale = match self.scale_type {
             ScaleType::Bf16 => 0,
             ScaleType::F16 => 1 << 9,
             ScaleType::F32 => 2 << 9,
         };
-        let grid = match form.grid {
+        let grid = match self.grid {
             Grid::Sym => 0,
             Grid::Half => HALF,
             Grid::Asym => ZEROS,
             Grid::Offset => OFFSET,
         };
+        scale | grid
+    }
+}
+
+impl Entry {
+    /// The 32 bytes.
+    pub fn to_bytes(&self) -> [u8; ENTRY_BYTES] {
+        let form = &self.form;
         let rows = if form.rows == Rows::GateUp { GATE_UP } else { 0 };
-        let log2 = match form.group {
-            Group::Size(size) => size.trailing_zeros() as u8,
-            Group::PerChannel => 0xff,
-        };
         let mut bytes = [0; ENTRY_BYTES];
         let words = [self.offsets[0], self.offsets[1], self.offsets[2], NONE];
         bytes[..16].copy_from_slice(bytemuck::bytes_of(&words.map(u32::to_le)));
-        (bytes[16], bytes[17]) = (form.bits, log2);
-        let halves = [scale | grid | rows, self.tiles[0], self.tiles[1]];
+        (bytes[16], bytes[17]) = (form.bits, form.log2_group());
+        let halves = [form.flags() | rows, self.tiles[0], self.tiles[1]];
         bytes[18..24].copy_from_slice(bytemuck::bytes_of(&halves.map(u16::to_le)));
         bytes[24..28].copy_from_slice(&self.expert.to_le_bytes());
         bytes
