@@ -217,6 +217,26 @@ fn mc_moes_codes_are_solved_where_its_grid_is() {
 }
 
 #[test]
+fn a_rotated_model_is_compressed_and_what_cannot_be_is_refused() {
+    let place = Place::new();
+    place.write("r.toml", &small_recipe("gptq").replace("[export.compressed_tensors]\n", ""));
+    let rotate = ["--set", "repair.rotate.seed=3"];
+    let said = place.said(&[&["check", "r.toml", "--set", "repair.awq={}"][..], &rotate].concat());
+    assert!(said.contains("rotated channels are all alike") && said.contains("--- exit 2"), "{said}");
+    place.done(&[&["run", "r.toml", "--quiet", "--set", "allocate.bits=8"][..], &rotate].concat());
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_str(&fs_err::read_to_string(place.path().join("out/moepress").join(name)).unwrap()).unwrap()
+    };
+    let sides = read("rotated.json")["sides"].as_array().unwrap().iter().map(|side| side.as_u64().unwrap()).collect::<Vec<_>>();
+    assert!(sides[1].is_power_of_two() && sides[0] % 2 == 1, "{sides:?}");
+    assert!(read("report.json")["evaluation"]["all"]["kl"].as_f64().unwrap() < 0.01);
+    assert!(place.path().join("out/moepress/fold.done").is_file());
+    // A run of another rotation is another run.
+    let said = place.said(&["run", "r.toml", "--quiet", "--set", "allocate.bits=8", "--set", "repair.rotate.seed=4"]);
+    assert!(said.contains("repair.rotate.seed was 3, now it is 4"), "{said}");
+}
+
+#[test]
 fn kernels_come_with_a_native_output_and_go_with_its_weights() {
     let place = Place::new();
     let recipe =

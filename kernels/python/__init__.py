@@ -169,9 +169,8 @@ def experts_forward(arenas, act, hidden_states, top_k_index, top_k_weights, drop
     """What routed experts say: `arenas` maps gate_up and down, or gate, up and down, to an `Arena`; the rest is as transformers 5 has it.
 
     On a CUDA device the kernels of the checkpoint do it, where they have a form for it: bf16 or f16, silu, gate and up together. Else an
-    expert is decoded when a token asks for it, and forgotten.
-    Experts in the list `dropped` put out their row of `mean`
-    [dropped, hidden], or nothing without it; the router chooses them as before.
+    expert is decoded when a token asks for it, and forgotten. Experts in the list `dropped` put out their row of `mean` [dropped, hidden],
+    or nothing without it; the router chooses them as before.
     """
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     top_k_index, top_k_weights = top_k_index.reshape(x.shape[0], -1), top_k_weights.reshape(x.shape[0], -1)

@@ -39,7 +39,10 @@ pub fn contents_of(model: &Model, plan: &Plan) -> Result<Vec<Tensor>> {
     let checkpoint = model.checkpoint();
     let mut tensors = Vec::new();
     for (name, action) in &plan.tensors {
-        let info = checkpoint.info(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "the model does not have it" })?;
+        // A head that is yet to be untied is what the embedding is.
+        let head = model.spec().tied && model.family().names.of(Role::Head).as_deref() == Some(name);
+        let known = if head { model.layout().name(Role::Embedding).unwrap_or_default() } else { name };
+        let info = checkpoint.info(known).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "the model does not have it" })?;
         let form = match action {
             Action::Drop { .. } => continue,
             Action::Substitute(Substitute::Zero) => Form::Constant(Constant::Zero),
@@ -50,8 +53,8 @@ pub fn contents_of(model: &Model, plan: &Plan) -> Result<Vec<Tensor>> {
             Action::Keep | Action::Refit => Form::Kept(kept_as(info.dtype)),
             Action::Quantize(how) => Form::Quantized(scheme(how)),
         };
-        let role =
-            model.layout().role(name).ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "it has no role in the model" })?;
+        let role = if head { Some(Role::Head) } else { model.layout().role(name) };
+        let role = role.ok_or_else(|| Error::PlanMisfit { name: name.clone(), what: "it has no role in the model" })?;
         tensors.push(Tensor { name: name.clone(), shape: info.shape.clone(), role, form });
     }
     Ok(tensors)

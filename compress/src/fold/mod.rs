@@ -1,4 +1,4 @@
-//! From a measured model to the same model with other scales inside, which everything after reads as if it were the checkpoint.
+//! From a model to the same model with other scales inside, or with its residual stream rotated ([`rotate`]), which everything after reads as if it were the checkpoint.
 //!
 //! [`run`] chooses the scales of input channels ([`crate::repair::awq`]), layer by layer, and writes into `OUT/moepress/folded` every
 //! tensor that they change: matrices whose columns are multiplied, and the norms and rows that are divided in return. What was done
@@ -11,6 +11,7 @@
 //! a thread. **Disk**: the decoder layers once more.
 
 mod choose;
+pub mod rotate;
 #[cfg(test)]
 mod tests;
 mod write;

@@ -1,9 +1,9 @@
-//! Whole ways from a measured model to a scaled one, on the tiny checkpoints of every family.
+//! Whole ways from a model to a scaled or a rotated one, on the tiny checkpoints of every family.
 
 use std::collections::BTreeMap;
 
 use burn::tensor::backend::Backend;
-use calib::arch::{Part, Projection, Role};
+use calib::arch::{NormKind, Part, Projection, Role};
 use calib::device::{Device, Job};
 use calib::forward::{Head, NoTap, Options, decoder_layer, embed, values};
 use calib::pass;
@@ -12,6 +12,8 @@ use calib::sample::{Calibrate, Samples};
 use calib::tensor::{Dtype, encode};
 
 use super::*;
+use crate::mtp::Mtp;
+use crate::repair::rotate::Params as Rotate;
 use crate::tensorfile::{Create, Declared, Element};
 use crate::testing::fixture;
 
@@ -138,4 +140,55 @@ fn what_cannot_be_scaled_or_is_not_quantized_is_left_out_by_name() {
     assert_ne!(model.matrix(first).unwrap(), other.matrix(first).unwrap());
     assert_eq!(model.matrix(second).unwrap(), other.matrix(second).unwrap());
     assert!(open(&fixture("mixtral"), dir.path()).err().unwrap().to_string().contains("was made for the checkpoint"));
+}
+
+#[test]
+fn a_rotation_alone_leaves_every_rms_familys_logits() {
+    let mut untied = 0;
+    for name in FAMILIES.into_iter().chain(["deepseek_v3_mtp", "olmoe_clip", "mixtral_window"]) {
+        let dir = tempfile::tempdir().unwrap();
+        let model = in_f32(name, dir.path());
+        if let Some(why) = rotate::objection(model.spec()) {
+            assert!(model.spec().norm.kind == NormKind::Layer && name == "phimoe" && why.contains("mean"), "{name}: {why}");
+            continue;
+        }
+        let has_mtp = model.layout().tensors().iter().any(|tensor| tensor.role == Role::Mtp);
+        let params = Rotate { seed: 5, mtp: has_mtp.then_some(Mtp::Drop) };
+        let rotated = rotate::run(&model, &params, dir.path(), &Quiet).unwrap();
+        let other = rotate::open(&model, dir.path()).unwrap();
+        assert_eq!(rotated.sides.0 * rotated.sides.1, model.spec().hidden);
+        // What could be known before is what came.
+        let (known, came) = (rotate::shape(&model, &params, &Shape::of(&model)), Shape::of(&other));
+        assert_eq!(known.tensors, came.tensors, "{name}");
+        assert!(came.tensors.iter().all(|tensor| tensor.role != Role::Mtp));
+        assert_eq!(rotated.untied.is_some(), model.spec().tied);
+        assert!(!other.spec().tied && came.tensors.iter().any(|tensor| tensor.role == Role::Head), "{name}");
+        untied += rotated.untied.map_or(0, |bytes| u64::from(bytes == 4 * (model.spec().vocab * model.spec().hidden) as u64));
+        let ids = samples(&model).ids;
+        let [before, after] = [&model, &other].map(|model| Device::Cpu.run(Logits(model, &ids)));
+        let apart = apart(&after, &before);
+        assert!(apart > 0.0 && apart < 1e-5, "{name}: {apart:.2e} apart");
+    }
+    assert_eq!(untied, 1);
+}
+
+#[test]
+fn gains_are_gone_and_their_channels_no_longer_stand_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = in_f32("qwen3_moe", dir.path());
+    rotate::run(&model, &Rotate::default(), dir.path(), &Quiet).unwrap();
+    let other = rotate::open(&model, dir.path()).unwrap();
+    let ones = |role| other.vector(role).unwrap().iter().all(|&gain| gain == 1.0);
+    assert!(ones(Role::FinalNorm) && ones(Role::Layer(0, Part::InputNorm)) && ones(Role::Layer(1, Part::PostNorm)));
+    assert_eq!(model.vector(Role::Layer(0, Part::QueryNorm)).unwrap(), other.vector(Role::Layer(0, Part::QueryNorm)).unwrap());
+    // Channel 3 had a gain ten times as large as others.
+    let share = |model: &Model, gain: bool| {
+        let mut w = model.matrix(Role::Layer(0, Part::Query)).unwrap();
+        if gain {
+            w *= &model.vector(Role::Layer(0, Part::InputNorm)).unwrap();
+        }
+        w.column(3).iter().map(|x| x * x).sum::<f32>() / w.iter().map(|x| x * x).sum::<f32>() * w.ncols() as f32
+    };
+    assert!(share(&model, true) > 8.0 && share(&other, false) < 3.0, "{} {}", share(&model, true), share(&other, false));
+    assert!(rotate::open(&fixture("mixtral"), dir.path()).err().unwrap().to_string().contains("was made for the checkpoint"));
 }

@@ -89,6 +89,7 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         found.extend(why.map(|why| source.problem("calibrate.keep_moments", why.to_owned(), Some("leave it out".into()))));
     }
     found.extend(fold::check_awq(recipe, source));
+    found.extend(fold::check_rotate(recipe, source));
     found.extend(texts::check_through(recipe, source));
     if let Some(objective) = &recipe.objective {
         if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {

@@ -26,7 +26,7 @@ use crate::objective::Objective;
 use crate::plan::zero_of;
 use crate::prune::Pruner;
 use crate::quantize::{Grid, Quantizer, Refine};
-use crate::repair::{Repair, awq};
+use crate::repair::{Repair, awq, rotate};
 
 pub use check::{check, check_experts, check_folds, check_values};
 pub use invalid::{Invalid, Problem};
@@ -98,6 +98,11 @@ impl Recipe {
     /// How input channels are scaled before anything is quantized, if they are.
     pub fn folds(&self) -> Option<&awq::Params> {
         self.repair.as_ref().and_then(|repair| repair.awq.as_ref())
+    }
+
+    /// How the residual stream is rotated before anything is quantized, if it is.
+    pub fn rotates(&self) -> Option<&rotate::Params> {
+        self.repair.as_ref().and_then(|repair| repair.rotate.as_ref())
     }
 
     /// Experts of a layer that are left of `before`.

@@ -32,7 +32,7 @@ pub use weights::{Own, Owned};
 
 use crate::export::config;
 use crate::merge::Merger;
-use crate::mtp::Mtp;
+use crate::mtp::{self, Mtp};
 use crate::plan::Experts;
 use crate::prune::Pruner;
 use crate::repair::removal;
@@ -41,8 +41,6 @@ use crate::{Error, Result};
 
 /// Config keys that count routed experts, under any family's name.
 const COUNTS: [&str; 4] = ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"];
-/// Config keys that count multi-token-prediction layers.
-const MTP_COUNTS: [&str; 2] = ["num_nextn_predict_layers", "num_mtp_layers"];
 
 /// What a model is reduced from and by.
 #[derive(Clone, Copy)]
@@ -155,7 +153,7 @@ fn config_of(model: &Model, experts: &Experts) -> Result<String> {
         edited = config::set_counts(&edited, &COUNTS, experts.after as u64, model.family().experts).ok_or_else(wrong)?;
     }
     if experts.mtp.is_some() {
-        edited = config::set_counts(&edited, &MTP_COUNTS, 0, MTP_COUNTS[0]).ok_or_else(wrong)?;
+        edited = config::set_counts(&edited, &mtp::COUNTS, 0, mtp::COUNTS[0]).ok_or_else(wrong)?;
     }
     Ok(edited)
 }

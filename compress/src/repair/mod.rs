@@ -5,6 +5,7 @@ pub mod down;
 pub mod propagate;
 pub mod refit;
 pub mod removal;
+pub mod rotate;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -33,6 +34,10 @@ pub struct Repair {
     /// (AWQ), in norms, routers, value and up projections. The model computes what it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub awq: Option<awq::Params>,
+    /// Before anything is quantized: rotates the residual stream, so that no channel is outsized (QuaRot). Gains of norms go into what
+    /// follows them, and a head that was the embedding becomes one of its own, which takes bytes. The model computes what it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotate: Option<rotate::Params>,
 }
 
 /// Whose outputs a layer is solved on.

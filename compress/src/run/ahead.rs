@@ -10,10 +10,13 @@ use calib::stats::Moment;
 use crate::plan::{self, Shape, Summary};
 use crate::recipe::{Loaded, Problem, Recipe};
 use crate::report::bytes;
-use crate::{Error, Result, apply, export};
+use crate::{Error, Result, apply, export, fold};
 
-/// The shape of the model that is left when experts have gone, as far as it is known now.
+/// The shape of the model that is compressed, after experts have gone or it was rotated, as far as it is known now.
 pub fn left(recipe: &Recipe, model: &Model, shape: &Shape) -> Shape {
+    if let Some(params) = recipe.rotates() {
+        return fold::rotate::shape(model, params, shape);
+    }
     if !recipe.reduces() {
         return shape.clone();
     }
@@ -61,7 +64,7 @@ fn needs(recipe: &Recipe, summary: &Summary, shape: &Shape) -> u64 {
     // A snapshot is replaced by its successor, so two lie there for a moment.
     let states = recipe.calibrate.as_ref().map_or(0, |c| 2 * 4 * (c.samples * c.tokens * hidden) as u64);
     let moments = recipe.calibrate.as_ref().filter(|c| c.keep_moments).map_or(0, |_| moments(shape));
-    let folded = recipe.folds().map_or(0, |_| shape.bytes());
+    let folded = if recipe.folds().is_some() || recipe.rotates().is_some() { shape.bytes() } else { 0 };
     summary.bytes_after + outputs.into_iter().flatten().sum::<u64>() + states + folded + moments
 }
 

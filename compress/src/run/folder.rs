@@ -22,7 +22,7 @@ pub enum Stage {
     Calibrate,
     /// Chooses the experts that stay, and measures the model of them.
     Reduce,
-    /// Scales input channels, and measures the model with them.
+    /// Scales input channels or rotates the residual stream, and measures the model that this makes.
     Fold,
     /// Decides what becomes of every tensor.
     Plan,

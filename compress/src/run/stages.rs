@@ -24,7 +24,8 @@ use crate::quantize::Quantizer;
 use crate::recipe::Recipe;
 use crate::reduce;
 use crate::reduce::resample::{self, Sureness};
-use crate::report::{Balance, Calibration, Cost, ModelRow, OutputRow, Report, markdown_report};
+use crate::repair::rotate;
+use crate::report::{self, Balance, Calibration, Cost, ModelRow, OutputRow, Report, markdown_report};
 use crate::survey::Survey;
 use crate::tensorfile::write_whole;
 use crate::{Error, Result, apply};
@@ -54,7 +55,9 @@ impl<'a> Work<'a> {
             let asked = match stage {
                 Stage::Calibrate => self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only(),
                 Stage::Reduce => self.recipe.reduces() && !self.model.checkpoint().is_shape_only(),
-                Stage::Fold => self.recipe.folds().is_some() && !self.model.checkpoint().is_shape_only(),
+                Stage::Fold => {
+                    (self.recipe.folds().is_some() || self.recipe.rotates().is_some()) && !self.model.checkpoint().is_shape_only()
+                }
                 Stage::Evaluate => self.recipe.evaluate.is_some(),
                 _ => true,
             };
@@ -210,8 +213,11 @@ impl<'a> Work<'a> {
         if asked { self.measure(subject, &Store::new(dir.join("stats")), self.mixed(), dir, progress) } else { Ok(()) }
     }
 
-    /// Scales input channels, and measures the model with them.
+    /// Scales input channels or rotates the residual stream, and measures the model that this makes.
     fn fold(&self, progress: &dyn Progress) -> Result<()> {
+        if let Some(params) = self.recipe.rotates() {
+            return self.rotate(params, progress);
+        }
         let Recipe { quantize: Some(quantizer), allocate: Some(allocate), .. } = self.recipe else { return Ok(()) };
         let Some(params) = self.recipe.folds() else { return Ok(()) };
         let dir = self.remade_dir();
@@ -229,9 +235,22 @@ impl<'a> Work<'a> {
         self.measure_again(&dir, progress)
     }
 
+    fn rotate(&self, params: &rotate::Params, progress: &dyn Progress) -> Result<()> {
+        let dir = self.remade_dir();
+        if !self.folder.path("rotated.json").is_file() {
+            remove(&dir)?;
+            let rotated = fold::rotate::run(self.model, params, self.folder.dir(), progress)?;
+            let (mix, hadamard) = rotated.sides;
+            let untied = rotated.untied.map(|bytes| format!("; the head was the embedding and takes {} of its own", report::bytes(bytes)));
+            let untied = untied.unwrap_or_default();
+            tracing::info!("rotated by {hadamard} channels a Hadamard block, {mix} blocks mixed orthogonally{untied}");
+        }
+        self.measure_again(&dir, progress)
+    }
+
     /// Whether what is compressed is not the checkpoint as it stands.
     fn remakes(&self) -> bool {
-        self.recipe.reduces() || self.recipe.folds().is_some()
+        self.recipe.reduces() || self.recipe.folds().is_some() || self.recipe.rotates().is_some()
     }
 
     fn request<'b>(&'b self, samples: &'b Samples, store: &'b Store, progress: &'b dyn Progress) -> reduce::Request<'b> {
@@ -256,13 +275,17 @@ impl<'a> Work<'a> {
         resample::sureness(&request, &experts, asked, &self.folder.path("resampled")).map(Some)
     }
 
-    /// The model that is compressed: the reduced one where experts go, the scaled one where channels are, else the original.
+    /// The model that is compressed: the reduced one where experts go, the scaled or rotated one where it is made, else the original.
     fn subject(&self) -> Result<(&Model, &Shape)> {
         if !self.remakes() || self.model.checkpoint().is_shape_only() {
             return Ok((self.model, self.shape));
         }
         if self.remade.get().is_none() {
-            let open = if self.recipe.reduces() { reduce::open } else { fold::open };
+            let open = match (self.recipe.reduces(), self.recipe.rotates()) {
+                (true, _) => reduce::open,
+                (false, Some(_)) => fold::rotate::open,
+                (false, None) => fold::open,
+            };
             let model = open(self.model, self.folder.dir())?;
             let shape = Shape::of(&model);
             // Nobody else can have filled it: the cell is this thread's own.
@@ -271,7 +294,7 @@ impl<'a> Work<'a> {
         Ok(self.remade.get().map_or((self.model, self.shape), |(model, shape)| (model, shape)))
     }
 
-    /// Where the reduced or scaled model lies: `fold` refuses a recipe that reduces too.
+    /// Where the reduced, scaled or rotated model lies: a recipe that asks for two of them is refused.
     fn remade_dir(&self) -> std::path::PathBuf {
         self.folder.path(if self.recipe.reduces() { "reduced" } else { "folded" })
     }

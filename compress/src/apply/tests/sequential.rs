@@ -7,7 +7,7 @@ use crate::repair::{Order, Repair, refit};
 fn sequential(model: &Model, propagate: Option<f64>, fit: bool) -> Plan {
     let how = |_: &str, _: Role| Some(Quantize { bits: 2, grid: Grid::Asym, ..four_bits() });
     let mut plan = plan(model, Quantizer::Gptq(gptq::Params::default()), how);
-    plan.repair = Repair { order: Order::Sequential, propagate, router_repair: fit.then(refit::Params::default), removal: None, awq: None };
+    plan.repair = Repair { order: Order::Sequential, propagate, router_repair: fit.then(refit::Params::default), ..Repair::default() };
     if fit {
         let routers = model.layout().roles().filter(|(role, _)| matches!(role, Role::Layer(_, Part::Router)));
         routers.for_each(|(_, name)| _ = plan.tensors.insert(name.to_owned(), Action::Refit));

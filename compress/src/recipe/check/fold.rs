@@ -1,9 +1,10 @@
-//! What is wrong with a wish for scaled input channels.
+//! What is wrong with a wish for scaled input channels, or a rotated residual stream.
 
+use calib::arch::Role;
 use calib::{Model, Weights};
 
 use super::super::{Loaded, Problem, Recipe, Source};
-use crate::fold::objection;
+use crate::fold::{objection, rotate};
 
 /// What is wrong with `[repair.awq]` whatever the model.
 pub(super) fn check_awq(recipe: &Recipe, source: &Source) -> Vec<Problem> {
@@ -41,7 +42,46 @@ pub(super) fn check_awq(recipe: &Recipe, source: &Source) -> Vec<Problem> {
     found
 }
 
-/// Scales that the recipe names and the family does not allow.
+/// What is wrong with `[repair.rotate]` whatever the model.
+pub(super) fn check_rotate(recipe: &Recipe, source: &Source) -> Vec<Problem> {
+    if recipe.rotates().is_none() {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    let mut add = |message: &str, help: &str| found.push(source.problem("repair.rotate", message.to_owned(), Some(help.to_owned())));
+    if recipe.reduces() {
+        add(
+            "experts are chosen by what the checkpoint says, and it is rotated",
+            "reduce with [export.dense] first, then rotate what that wrote",
+        );
+    }
+    if recipe.folds().is_some() {
+        add("rotated channels are all alike, and repair.awq scales those that are not", "leave one of the two out");
+    }
+    if recipe.quantize.is_none() {
+        add("the stream is rotated for a quantizer, and there is none", "name one, such as [quantize.gptq], and its widths");
+    }
+    found
+}
+
+/// What the family or the checkpoint does not allow of the rotation that the recipe names.
+fn check_rotation(loaded: &Loaded, model: &Model) -> Vec<Problem> {
+    let Some(params) = loaded.recipe.rotates() else { return Vec::new() };
+    let problem = |message: String, help: &str| loaded.source.problem("repair.rotate", message, Some(help.to_owned()));
+    let mut found = Vec::new();
+    if let Some(why) = rotate::objection(model.spec()) {
+        let message = format!("a model of the type {} cannot be rotated: {why}", model.spec().model_type);
+        found.push(problem(message, "leave repair.rotate out"));
+    }
+    if params.mtp.is_none() && model.layout().tensors().iter().any(|tensor| tensor.role == Role::Mtp) {
+        let message = "the checkpoint has multi-token-prediction layers, which read the last hidden state behind the last norm's gain: it \
+                       goes into the head, and another norm stands between the two that it cannot pass";
+        found.push(problem(message.to_owned(), "leave them out with repair.rotate.mtp = \"drop\""));
+    }
+    found
+}
+
+/// Scales that the recipe names and the family does not allow, or a rotation.
 pub fn check_folds(loaded: &Loaded, model: &Model) -> Vec<Problem> {
     let named = loaded.recipe.folds().and_then(|params| params.folds.as_ref());
     let refused = |(i, fold): (usize, &crate::repair::awq::Fold)| {
@@ -50,5 +90,6 @@ pub fn check_folds(loaded: &Loaded, model: &Model) -> Vec<Problem> {
         let help = "take it out; without `folds` all are scaled that can be";
         Some(loaded.source.problem(&format!("repair.awq.folds.{i}"), message, Some(help.to_owned())))
     };
-    named.into_iter().flatten().enumerate().filter_map(refused).collect()
+    let folds = named.into_iter().flatten().enumerate().filter_map(refused);
+    folds.chain(check_rotation(loaded, model)).collect()
 }
