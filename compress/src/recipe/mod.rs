@@ -105,6 +105,11 @@ impl Recipe {
         self.repair.as_ref().and_then(|repair| repair.rotate.as_ref())
     }
 
+    /// Whether the checkpoint is written anew with the same outputs before anything is quantized: channels scaled, or the stream rotated.
+    pub fn rewrites(&self) -> bool {
+        self.folds().is_some() || self.rotates().is_some()
+    }
+
     /// Experts of a layer that are left of `before`.
     pub fn experts_left(&self, before: usize) -> usize {
         let kept = self.prune.as_ref().map_or(before, |pruner| pruner.asked().count(before));

@@ -64,7 +64,7 @@ fn needs(recipe: &Recipe, summary: &Summary, shape: &Shape) -> u64 {
     // A snapshot is replaced by its successor, so two lie there for a moment.
     let states = recipe.calibrate.as_ref().map_or(0, |c| 2 * 4 * (c.samples * c.tokens * hidden) as u64);
     let moments = recipe.calibrate.as_ref().filter(|c| c.keep_moments).map_or(0, |_| moments(shape));
-    let folded = if recipe.folds().is_some() || recipe.rotates().is_some() { shape.bytes() } else { 0 };
+    let folded = if recipe.rewrites() { shape.bytes() } else { 0 };
     summary.bytes_after + outputs.into_iter().flatten().sum::<u64>() + states + folded + moments
 }
 

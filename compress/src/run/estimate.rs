@@ -105,7 +105,7 @@ fn quantizing(
         add("fold: scales of input channels", matrices.iter().map(|m| awq.exponents as f64 * rates[&m.shape].rounded).sum());
     }
     let measured = quantizer.needs_calibration() || allocate.is_mixed();
-    if measured && (recipe.reduces() || recipe.folds().is_some()) {
+    if measured && (recipe.reduces() || recipe.rewrites()) {
         add(if recipe.reduces() { "reduce: measuring pass" } else { "fold: measuring pass" }, forward);
     }
     if recipe.calibrate.is_some() && allocate.is_mixed() {

@@ -103,9 +103,12 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
             let reduce = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + reduction(recipe, spec, layer, samples));
             found.push((REDUCE, PROGRAM + reduce.max(table + hidden)));
         }
-        if recipe.folds().is_some() {
-            let largest = (0..spec.layers.len()).map(|layer| largest(spec, layer)).max().unwrap_or(0);
-            found.push(("fold", PROGRAM + 16 * rayon::current_num_threads() as u64 * largest));
+        if recipe.rewrites() {
+            let matrix = (0..spec.layers.len()).map(|layer| largest(spec, layer)).max().unwrap_or(0);
+            let scaled = recipe.folds().map_or(0, |_| 16 * rayon::current_num_threads() as u64 * matrix);
+            // The embedding and the head are rotated too, in f32 and as they are stored.
+            let rotated = recipe.rotates().map_or(0, |_| 2 * table.max(4 * matrix));
+            found.push(("fold", PROGRAM + scaled.max(rotated)));
         }
         if recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let solve = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + solver(spec, layer, in_flight));

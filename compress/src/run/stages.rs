@@ -55,9 +55,7 @@ impl<'a> Work<'a> {
             let asked = match stage {
                 Stage::Calibrate => self.recipe.calibrate.is_some() && !self.model.checkpoint().is_shape_only(),
                 Stage::Reduce => self.recipe.reduces() && !self.model.checkpoint().is_shape_only(),
-                Stage::Fold => {
-                    (self.recipe.folds().is_some() || self.recipe.rotates().is_some()) && !self.model.checkpoint().is_shape_only()
-                }
+                Stage::Fold => self.recipe.rewrites() && !self.model.checkpoint().is_shape_only(),
                 Stage::Evaluate => self.recipe.evaluate.is_some(),
                 _ => true,
             };
@@ -250,7 +248,7 @@ impl<'a> Work<'a> {
 
     /// Whether what is compressed is not the checkpoint as it stands.
     fn remakes(&self) -> bool {
-        self.recipe.reduces() || self.recipe.folds().is_some() || self.recipe.rotates().is_some()
+        self.recipe.reduces() || self.recipe.rewrites()
     }
 
     fn request<'b>(&'b self, samples: &'b Samples, store: &'b Store, progress: &'b dyn Progress) -> reduce::Request<'b> {
