@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use calib::Model;
+use calib::arch::{Part, Projection, Role};
 use calib::checkpoint::Checkpoint;
 use kernels::{QuantizedMatrix, Zeros, bounds};
 use serde_json::Value;
 
-use super::{Contents, Form, Format, Tensor};
+use super::{Constant, Contents, Form, Format, Tensor};
 use crate::packed::{ExpertRounding, Packed, is_packed, streams};
 use crate::{Error, Result};
 
@@ -175,6 +176,12 @@ fn packed(contents: &Contents<'_>, checkpoint: Checkpoint, problems: &mut Vec<St
         };
         if !same {
             problems.push(format!("{} does not read back as it was solved", tensor.name));
+        }
+    }
+    for tensor in contents.tensors.iter().filter(|tensor| matches!(tensor.constant(), Some(Constant::Mean(_)))) {
+        let Role::Layer(layer, Part::Expert(expert, Projection::Down)) = tensor.role else { continue };
+        if packed.constants().get(&(layer, expert)).map(|constant| &constant.output) != Some(&contents.source.mean(&tensor.name)?) {
+            problems.push(format!("{}: the mean output of its expert does not read back as it was measured", tensor.name));
         }
     }
     Ok(())

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use calib::arch::Projection;
 use calib::evaluate::{Row, Score};
 use calib::stats::LayerStats;
 
@@ -116,6 +117,7 @@ fn size_rows(report: &Report) -> Rows {
     let mut rows = vec![row(["", "before", "after"])];
     let quantized = format!("{} quantized matrices", plan.matrices);
     rows.push(vec![quantized, bytes(plan.bytes_before), bytes(plan.bytes_after)]);
+    rows.extend(plan.substituted.iter().map(substituted));
     rows.push(vec!["everything else".to_owned(), bytes(plan.bytes_kept), bytes(plan.bytes_kept)]);
     if let Some((before, after, by)) = &plan.experts {
         rows.push(vec![format!("routed experts a layer ({by})"), before.to_string(), after.to_string()]);
@@ -124,6 +126,13 @@ fn size_rows(report: &Report) -> Rows {
         rows.push(vec![format!("weight files, {} ({})", output.format, output.folder), bytes(report.model.bytes), bytes(output.bytes)]);
     }
     rows
+}
+
+/// Experts that were dropped: what they were, and what is stored in their place.
+fn substituted(dropped: &Substituted) -> Vec<String> {
+    let count: usize = dropped.experts.values().sum();
+    let experts = if count == 1 { "1 dropped expert".to_owned() } else { format!("{count} dropped experts") };
+    vec![experts, bytes(dropped.bytes_before), bytes(dropped.bytes_after)]
 }
 
 fn cost_rows(costs: &[(Stage, Cost)]) -> Rows {
@@ -211,12 +220,17 @@ fn allocation(plan: &Summary, form: fn(&[Vec<String>]) -> String) -> String {
 /// A plan in numbers.
 pub fn plan(summary: &Summary, path: &Path) -> String {
     let stored = summary.bits_per_weight().map_or(String::new(), |bits| format!("{bits:.3}"));
-    let rows = vec![
+    let mut rows = vec![
         row(["", "tensors", "before", "after", "bits a weight"]),
         vec!["quantized".to_owned(), summary.matrices.to_string(), bytes(summary.bytes_before), bytes(summary.bytes_after), stored],
         vec!["kept".to_owned(), summary.kept.to_string(), bytes(summary.bytes_kept), bytes(summary.bytes_kept)],
         vec!["dropped".to_owned(), summary.dropped.to_string(), bytes(summary.bytes_dropped), bytes(0)],
     ];
+    if let Some(dropped) = &summary.substituted {
+        let tensors = Projection::ALL.len() * dropped.experts.values().sum::<usize>();
+        let [before, after] = [dropped.bytes_before, dropped.bytes_after].map(bytes);
+        rows.push(vec!["dropped experts".to_owned(), tensors.to_string(), before, after]);
+    }
     let excluded = match summary.excluded {
         0 => String::new(),
         n => format!("{n} of the kept matrices are named in allocate.exclude\n"),

@@ -124,7 +124,13 @@ fn windows(loaded: &Loaded, model: &Model) -> Result<Vec<Windows>> {
         let ids = if window < 2 { Vec::new() } else { ids.chunks_exact(window).map(<[u32]>::to_vec).collect() };
         Windows { domain: text.domain.clone(), ids }
     };
-    Ok(corpus.texts().iter().map(cut).filter(|windows| !windows.ids.is_empty()).collect())
+    let found: Vec<Windows> = corpus.texts().iter().map(cut).filter(|windows| !windows.ids.is_empty()).collect();
+    if found.is_empty() {
+        let what =
+            "the last fifth of no text has two tokens, and what is left of the experts is judged there; name longer texts".to_owned();
+        return Err(loaded.source.invalid(vec![loaded.source.problem("calibrate.corpus", what, None)]).into());
+    }
+    Ok(found)
 }
 
 /// A pruner or a merger that leaves so many experts.
