@@ -294,4 +294,6 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod tests;
