@@ -358,7 +358,7 @@ fn the_emitted_kernels_run_on_the_host_as_the_reference_says() {
     fs_err::write(path("mq_host.h"), include_str!("../../cuda/mq_host.h")).unwrap();
     fs_err::write(path("main.cpp"), include_str!("../../cuda/mq_host_main.cpp")).unwrap();
     let mut gpp = Command::new("g++");
-    gpp.current_dir(dir.path()).args(["-std=c++17", "-w"]).args(flags.split_whitespace()).args(["main.cpp", "-o", "host"]);
+    gpp.current_dir(dir.path()).args(["-std=c++17", "-w", "-DMQ_STAGE=8"]).args(flags.split_whitespace()).args(["main.cpp", "-o", "host"]);
     if run(&mut gpp).is_none() {
         eprintln!("skipped: no g++");
         return;
