@@ -33,17 +33,39 @@ MQ_HD int mq_expert_of(const void *ids, int ids_bits, const int *expert_map, int
 }
 
 #define MQ_ROUTE_THREADS 256
-MQ_D void mq_list(const mq_lists &to, int entries, const void *ids, int ids_bits, const int *expert_map, int experts, int pairs, int block) {
-    MQ_SHARED int counts[MQ_MAX_EXPERTS], starts[MQ_MAX_EXPERTS], firsts[MQ_MAX_EXPERTS];
+// Pairs whose experts lie in shared memory at a time: every thread goes through all of them.
+#ifndef MQ_STAGE
+#define MQ_STAGE 1024
+#endif
+template <class F>
+MQ_D void mq_pairs(int *stage, const void *ids, int ids_bits, const int *expert_map, int experts, int pairs, F f) {
 #pragma unroll 1
-    for (int pair = threadIdx.x; pair < pairs; pair += MQ_ROUTE_THREADS) to.here[pair] = 0;
+    for (int from = 0; from < pairs; from += MQ_STAGE) {
+        const int here = pairs - from < MQ_STAGE ? pairs - from : MQ_STAGE;
+        __syncthreads();
 #pragma unroll 1
-    for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS) {
-        int expert = (int)to.table[slot].expert_id, count = 0;
-#pragma unroll 4
-        for (int pair = 0; pair < pairs; pair++) count += mq_expert_of(ids, ids_bits, expert_map, pair, experts) == expert;
-        counts[slot] = count;
+        for (int i = threadIdx.x; i < here; i += MQ_ROUTE_THREADS) stage[i] = mq_expert_of(ids, ids_bits, expert_map, from + i, experts);
+        __syncthreads();
+        f(from, here);
     }
+}
+
+MQ_D void mq_list(const mq_lists &to, int entries, const void *ids, int ids_bits, const int *expert_map, int experts, int pairs, int block) {
+    MQ_SHARED int counts[MQ_MAX_EXPERTS], starts[MQ_MAX_EXPERTS], firsts[MQ_MAX_EXPERTS], stage[MQ_STAGE];
+#pragma unroll 1
+    for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS) counts[slot] = 0;
+    mq_pairs(stage, ids, ids_bits, expert_map, experts, pairs, [&](int from, int here) {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < here; i += MQ_ROUTE_THREADS) to.here[from + i] = 0;
+#pragma unroll 1
+        for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS) {
+            const int expert = (int)to.table[slot].expert_id;
+            int count = 0;
+#pragma unroll 4
+            for (int i = 0; i < here; i++) count += stage[i] == expert;
+            counts[slot] += count;
+        }
+    });
     __syncthreads();
     if (threadIdx.x == 0) {
         int start = 0, item = 0;
@@ -61,21 +83,27 @@ MQ_D void mq_list(const mq_lists &to, int entries, const void *ids, int ids_bits
     }
     __syncthreads();
 #pragma unroll 1
-    for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS) {
-        int expert = (int)to.table[slot].expert_id, at = starts[slot];
-        // Pairs of an expert stay in the order of the tokens: what is added where does not depend on a race.
-#pragma unroll 1
-        for (int pair = 0; pair < pairs && at < starts[slot] + counts[slot]; pair++)
-            if (mq_expert_of(ids, ids_bits, expert_map, pair, experts) == expert) {
-                to.order[at++] = pair;
-                to.here[pair] = 1;
-            }
+    for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS)
 #pragma unroll 1
         for (int i = 0; i * block < counts[slot]; i++) {
-            int left = counts[slot] - i * block;
+            const int left = counts[slot] - i * block;
             to.items[firsts[slot] + i] = {slot, starts[slot] + i * block, left < block ? left : block};
         }
-    }
+    // Pairs of an expert stay in the order of the tokens: what is added where does not depend on a race.
+    mq_pairs(stage, ids, ids_bits, expert_map, experts, pairs, [&](int from, int here) {
+#pragma unroll 1
+        for (int slot = threadIdx.x; slot < entries; slot += MQ_ROUTE_THREADS) {
+            const int expert = (int)to.table[slot].expert_id;
+            int at = starts[slot];
+#pragma unroll 4
+            for (int i = 0; i < here; i++)
+                if (stage[i] == expert) {
+                    to.order[at++] = from + i;
+                    to.here[from + i] = 1;
+                }
+            starts[slot] = at;
+        }
+    });
 }
 
 // Where input k lies in a row of activations: of 32, lane t has 2t, 2t + 1 and those 8, 16, 24 further.

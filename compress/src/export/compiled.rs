@@ -107,6 +107,7 @@ impl Kernels {
                 "no NVRTC library: none is named, {VARIABLE} is not set, and the system has none of {names}; {wheel}"
             )));
         };
+        tracing::info!("compiling kernels for {} by NVRTC {}, {}", self.names().join(", "), nvrtc.version(), nvrtc.path().display());
         let (images, said) = nvrtc.images(source, &self.names())?;
         said.iter().for_each(|said| tracing::warn!("{}: {said}", nvrtc.path().display()));
         Ok(images)

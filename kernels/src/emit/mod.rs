@@ -300,4 +300,6 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
+mod refusals;
+#[cfg(test)]
 mod tests;

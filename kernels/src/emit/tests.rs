@@ -39,19 +39,19 @@ fn matrix([outputs, inputs]: [usize; 2], bits: u8, group: Group, grid: Grid, see
 }
 
 /// Seven experts, one a width, over all grids and groups.
-struct Case {
-    model: Model,
+pub(super) struct Case {
+    pub(super) model: Model,
     arenas: [Vec<u8>; 2],
     experts: Vec<[Packed; 2]>,
 }
 
 const SIZES: [usize; 2] = [160, 96];
 
-fn uncompiled() -> Images {
+pub(super) fn uncompiled() -> Images {
     Images::none("nobody asked")
 }
 
-fn case() -> Case {
+pub(super) fn case() -> Case {
     let [hidden, inner] = SIZES;
     let grids = [Grid::Half, Grid::Sym, Grid::Asym, Grid::Half, Grid::Offset, Grid::Sym, Grid::Half];
     let experts: Vec<[Packed; 2]> = layout::WIDTHS
@@ -108,7 +108,7 @@ fn what_the_kernels_have_no_form_for_is_refused() {
 }
 
 /// Runs a compiler; `None`, aloud, where there is none.
-fn run(command: &mut Command) -> Option<bool> {
+pub(super) fn run(command: &mut Command) -> Option<bool> {
     match command.output() {
         Ok(output) => {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -125,7 +125,7 @@ fn run(command: &mut Command) -> Option<bool> {
     }
 }
 
-fn write(dir: &Path, files: &FileSet) {
+pub(super) fn write(dir: &Path, files: &FileSet) {
     for (path, bytes) in files {
         let path = dir.join(path);
         fs_err::create_dir_all(path.parent().unwrap()).unwrap();
@@ -358,7 +358,7 @@ fn the_emitted_kernels_run_on_the_host_as_the_reference_says() {
     fs_err::write(path("mq_host.h"), include_str!("../../cuda/mq_host.h")).unwrap();
     fs_err::write(path("main.cpp"), include_str!("../../cuda/mq_host_main.cpp")).unwrap();
     let mut gpp = Command::new("g++");
-    gpp.current_dir(dir.path()).args(["-std=c++17", "-w"]).args(flags.split_whitespace()).args(["main.cpp", "-o", "host"]);
+    gpp.current_dir(dir.path()).args(["-std=c++17", "-w", "-DMQ_STAGE=8"]).args(flags.split_whitespace()).args(["main.cpp", "-o", "host"]);
     if run(&mut gpp).is_none() {
         eprintln!("skipped: no g++");
         return;
