@@ -69,7 +69,7 @@ if [ "${WITH_LLAMACPP:-yes}" = yes ]; then
     export LLAMA_CPP="$work/llamacpp/vendor/llama.cpp"
 fi
 
-cargo build --release --bin moepress
+cargo build --release --bin moepress --features "${FEATURES:-}"
 export MOEPRESS="${work%/interop}/release/moepress"
 export MOEPRESS_OUT="$work/quickstart"
 rm -rf "$MOEPRESS_OUT"
