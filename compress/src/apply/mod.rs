@@ -27,12 +27,13 @@ mod tests;
 mod tokens;
 mod work;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use calib::arch::{Part, Role};
+use calib::backward::{OutputMoments, Outputs};
 use calib::device::{Device, Job as DeviceJob};
 use calib::forward::{NoTap, Options, Tap, decoder_layer};
 use calib::pass::{Stream, stream_layers};
@@ -44,7 +45,7 @@ use serde::{Deserialize, Serialize};
 pub use output::{contents_of, write};
 pub(crate) use tokens::boxed;
 
-use crate::objective::TokenWeights;
+use crate::objective::{OutputWeight, TokenWeights};
 use crate::plan::{Action, Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
 use crate::quantize::{Quantizer, Refine, hqq};
@@ -110,7 +111,8 @@ pub fn solve(
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
         let weights = TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default(), &plan.end_loss);
-        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights })?;
+        let outputs = output_moments(model, plan, &layers, ids, device, progress)?;
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, weights, outputs })?;
     } else {
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
@@ -130,6 +132,23 @@ pub fn solve(
     outcome(model, plan, &solved, (&layers, resumed))
 }
 
+/// Second moments of the gradients at the outputs of the matrices that are solved, where the objective lets them count.
+fn output_moments(
+    model: &Model,
+    plan: &Plan,
+    layers: &[Vec<Job<'_>>],
+    ids: &[Vec<u32>],
+    device: Device,
+    progress: &dyn Progress,
+) -> Result<Option<OutputMoments>> {
+    if plan.objective.output_weight == OutputWeight::None {
+        return Ok(None);
+    }
+    let roles: BTreeSet<Role> = layers.iter().flatten().filter(|job| job.needs_tokens(plan)).map(|job| job.role).collect();
+    let wanted = |layer, part| roles.contains(&Role::Layer(layer, part));
+    Ok(Some(device.run(Outputs { weights: model, ids, params: &plan.end_loss, wanted: &wanted, progress })?))
+}
+
 /// The second pass: tokens go through the original layers, and each layer's matrices are solved on the way.
 struct Run<'a> {
     stream: Stream<'a>,
@@ -138,6 +157,8 @@ struct Run<'a> {
     layers: &'a [Vec<Job<'a>>],
     solved: &'a Solved,
     weights: TokenWeights,
+    /// Second moments of the gradients at outputs, where they count.
+    outputs: Option<OutputMoments>,
 }
 
 impl DeviceJob for Run<'_> {
@@ -167,7 +188,7 @@ impl Run<'_> {
         let waiting = self.waiting();
         let inputs = waiting.as_ref().map(|_| hidden.to_vec());
         let solver = tokens::Solver::new(self.model, self.plan, (layer, jobs), &file, &self.weights)?;
-        let solver = solver.map(|solver| solver.handing(waiting.as_ref().map(|(waiting, _)| waiting)));
+        let solver = solver.map(|solver| solver.with_outputs(self.outputs.as_ref()).handing(waiting.as_ref().map(|(waiting, _)| waiting)));
         let tap: &dyn Tap<B> = match &solver {
             Some(solver) => solver,
             None => &NoTap,
