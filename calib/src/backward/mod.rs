@@ -26,6 +26,7 @@ mod gradients;
 mod inputs;
 mod layer;
 mod loss;
+mod outputs;
 mod peak;
 mod sums;
 #[cfg(test)]
@@ -50,6 +51,7 @@ pub use divergence::{ModelGradients, Reference};
 pub use gradients::{LayerGradients, layer_error, layer_gradients};
 use inputs::Inputs;
 use layer::Walk;
+pub use outputs::{OutputMoments, Outputs};
 pub use peak::peak_bytes;
 use sums::Sums;
 

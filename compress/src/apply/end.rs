@@ -100,7 +100,8 @@ impl DeviceJob for Ending<'_> {
             now.matrices.par_extend(weights(&learners));
             if step % every == 0 || step == end.steps {
                 let after = judge(&now)?;
-                tracing::debug!("end, step {step}: {after:.6} nats held out, {before:.6} before");
+                let seen = found.divergence / taken.iter().map(|&sample| self.ids[sample].len()).sum::<usize>().max(1) as f64;
+                tracing::debug!("end, step {step}: {after:.6} nats held out, {before:.6} before; {seen:.6} on its own samples");
                 if after < best.0.after {
                     best = (Judged { before, after, step }, quantized(&learners));
                 }

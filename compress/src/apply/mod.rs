@@ -28,12 +28,13 @@ mod tests;
 mod tokens;
 mod work;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use calib::arch::{Part, Role};
+use calib::backward::{self, OutputMoments};
 use calib::device::{Cpu, Device, Job as DeviceJob};
 use calib::forward::{NoTap, Options, Tap, decoder_layer};
 use calib::pass::{Stream, stream_layers};
@@ -47,7 +48,7 @@ pub(crate) use tokens::boxed;
 pub use work::{Gone, gone};
 
 use crate::constants::Outputs;
-use crate::objective::TokenWeights;
+use crate::objective::{OutputWeight, TokenWeights};
 use crate::plan::{Action, Plan, Solver as Who};
 use crate::quantize::rtn::{self, rtn};
 use crate::quantize::{Quantizer, Refine, hqq};
@@ -119,8 +120,9 @@ pub fn solve(
             snapshots.remove()?;
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
+        let outputs = output_moments(model, plan, &layers, ids, device, progress)?;
         let (weights, keep) = (weights(), keep.as_ref());
-        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, dropped: &dropped, weights, keep })?;
+        device.run(Run { stream, model, plan, layers: &layers, solved: &solved, dropped: &dropped, weights, keep, outputs })?;
     } else {
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
@@ -166,6 +168,23 @@ fn solve_kept(what: &Kept<'_>, moments: Vec<Moments>, progress: &dyn Progress) -
     Ok(())
 }
 
+/// Second moments of the gradients at the outputs of the matrices that are solved, where the objective lets them count.
+fn output_moments(
+    model: &Model,
+    plan: &Plan,
+    layers: &[Vec<Job<'_>>],
+    ids: &[Vec<u32>],
+    device: Device,
+    progress: &dyn Progress,
+) -> Result<Option<OutputMoments>> {
+    if plan.objective.output_weight == OutputWeight::None {
+        return Ok(None);
+    }
+    let roles: BTreeSet<Role> = layers.iter().flatten().filter(|job| job.needs_tokens(plan)).map(|job| job.role).collect();
+    let wanted = |layer, part| roles.contains(&Role::Layer(layer, part));
+    Ok(Some(device.run(backward::Outputs { weights: model, ids, params: &plan.end_loss, wanted: &wanted, progress })?))
+}
+
 /// The second pass: tokens go through the original layers, and each layer's matrices are solved on the way.
 struct Run<'a> {
     stream: Stream<'a>,
@@ -177,6 +196,8 @@ struct Run<'a> {
     dropped: &'a Outputs,
     weights: TokenWeights,
     keep: Option<&'a Keep>,
+    /// Second moments of the gradients at outputs, where they count.
+    outputs: Option<OutputMoments>,
 }
 
 impl DeviceJob for Run<'_> {
@@ -207,7 +228,10 @@ impl Run<'_> {
         let inputs = waiting.as_ref().map(|_| hidden.to_vec());
         let solver = tokens::Solver::new(self.model, self.plan, (layer, jobs), &file, &self.weights)?;
         let moments = self.keep.map(|keep| keep.create(layer, self.plan, jobs)).transpose()?;
-        let solver = solver.map(|solver| solver.handing(waiting.as_ref().map(|(waiting, _)| waiting)).storing(moments.as_ref()));
+        let solver = solver.map(|solver| {
+            let waiting = waiting.as_ref().map(|(waiting, _)| waiting);
+            solver.with_outputs(self.outputs.as_ref()).handing(waiting).storing(moments.as_ref())
+        });
         let tap: &dyn Tap<B> = match &solver {
             Some(solver) => solver,
             None => &NoTap,

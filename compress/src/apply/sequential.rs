@@ -207,7 +207,7 @@ impl Run<'_> {
         let aim = original.filter(|_| self.plan.repair.propagate.is_some());
         let mut overlay = Overlay { model: self.model, replaced: BTreeMap::new() };
         if let Some(solver) = tokens::Solver::new(self.model, self.plan, (layer, &attention), file, &self.weights)? {
-            let solver = solver.aiming(aim).keeping().handing(waiting);
+            let solver = solver.aiming(aim).with_outputs(self.outputs.as_ref()).keeping().handing(waiting);
             attention_alone(self.model, layer, hidden, &solver, options)?;
             overlay.replaced = solver.into_kept();
         }
@@ -216,7 +216,7 @@ impl Run<'_> {
             _ => None,
         };
         let solver = tokens::Solver::new(self.model, self.plan, (layer, &rest), file, &self.weights)?;
-        let solver = solver.map(|solver| solver.aiming(aim).handing(waiting));
+        let solver = solver.map(|solver| solver.aiming(aim).with_outputs(self.outputs.as_ref()).handing(waiting));
         if solver.is_none() && fitted.is_none() {
             return Ok(overlay);
         }

@@ -9,6 +9,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use burn::tensor::{Tensor, backend::Backend};
 use calib::arch::{Role, Site};
+use calib::backward::OutputMoments;
 use calib::forward::{Routed, Tap, spread, values};
 use calib::linalg::product;
 use calib::sample::Through;
@@ -27,7 +28,7 @@ use crate::objective::{Rows, TokenWeights};
 use crate::plan::Plan;
 use crate::quantize::factor::{Factor, factorize};
 use crate::quantize::rtn::{self, rtn};
-use crate::quantize::{Kept, Quantizer, Refine, Solved, descent, gptq, pmq};
+use crate::quantize::{Kept, Quantizer, Refine, Solved, both, descent, gptq, pmq};
 use crate::repair::propagate::toward;
 use crate::repair::{Order, Repair};
 use crate::solved::{Account, By, LayerFile, Report};
@@ -54,6 +55,8 @@ pub struct Solver<'a> {
     crosses: Mutex<HashMap<Site, Cross>>,
     /// What was solved, dequantized, where it is wanted.
     kept: Option<Mutex<BTreeMap<Role, Array2<f32>>>>,
+    /// Second moments of the gradients at outputs, where they count.
+    outputs: Option<&'a OutputMoments>,
     /// Where matrices wait that are to be learned from.
     waiting: Option<&'a Waiting>,
     /// Where moments stay for another plan.
@@ -116,6 +119,7 @@ impl<'a> Solver<'a> {
             crosses: Mutex::default(),
             kept: None,
             waiting: None,
+            outputs: None,
             store: None,
         }))
     }
@@ -143,6 +147,11 @@ impl<'a> Solver<'a> {
     /// Aims at the original model's outputs.
     pub fn aiming(self, aim: Option<&'a Original>) -> Self {
         Self { aim, ..self }
+    }
+
+    /// Lets the outputs of a matrix make up for one another.
+    pub fn with_outputs(self, outputs: Option<&'a OutputMoments>) -> Self {
+        Self { outputs, ..self }
     }
 
     /// Hands what is solved on to be learned from, instead of writing it.
@@ -248,7 +257,17 @@ impl Solver<'_> {
             return Ok((solved, by));
         };
         let descended = descent::descent(w, &solved.matrix, moment, factor.lambda(), &params)?;
-        Ok((Solved { matrix: descended.matrix, loss: descended.after, ..solved }, By::GptqDescent))
+        let (mut matrix, mut loss) = (descended.matrix, descended.after);
+        let outputs = match job.role {
+            Role::Layer(layer, part) => self.outputs.and_then(|outputs| outputs.get(&(layer, part))),
+            _ => None,
+        };
+        // Fewer tokens than outputs leave directions of which nothing is known.
+        if let Some((outputs, _)) = outputs.filter(|(outputs, tokens)| *tokens >= outputs.nrows() as u64) {
+            let found = both::both(w, &matrix, (moment, factor.lambda()), (outputs.view(), both::DAMPING), &params)?;
+            (matrix, loss) = (found.matrix, found.loss);
+        }
+        Ok((Solved { matrix, loss, ..solved }, By::GptqDescent))
     }
 }
 

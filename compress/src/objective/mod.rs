@@ -33,6 +33,21 @@ pub struct Objective {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 2))]
     pub power: Option<u8>,
+    /// What an output of a matrix counts in a descent.
+    #[serde(default)]
+    pub output_weight: OutputWeight,
+}
+
+/// What the outputs of a matrix count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OutputWeight {
+    /// One as much as the other, each for itself.
+    #[default]
+    None,
+    /// The second moment of the gradients of the model's loss there, from a backward pass before anything is solved: an output makes up for
+    /// what the others have left (YAQA), in matrices that at least as many tokens reached as they have outputs. Holds what entered every layer and `4·out²` bytes a matrix in memory, and so is for small models.
+    EndLoss,
 }
 
 /// What the error of a token counts.

@@ -3,6 +3,7 @@
 //! Pure functions over matrices. [`rtn`] rounds, [`hqq`] fits zero points, [`gptq`] solves against a second moment of the inputs
 //! and [`descent`] improves what it left; one search of scales and zero points serves the first and the third.
 
+pub mod both;
 mod codes;
 mod columns;
 pub mod descent;

@@ -16,7 +16,7 @@ use super::beside::{check_beside, check_pmq};
 use super::{Loaded, Problem, Recipe, SCHEMA, Source};
 use crate::allocate::{Allocate, BUDGETS, Glob, Matrix, Packed, Runtime};
 use crate::export::Kernels;
-use crate::objective::TokenWeight;
+use crate::objective::{OutputWeight, TokenWeight};
 use crate::plan::{Shape, Tensor, matrices};
 use crate::quantize::{Grid, Quantizer, Refine, learned, pmq};
 use crate::repair::Order;
@@ -84,6 +84,9 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
             _ if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) => Some("the quantizer uses no second moments"),
             _ if sequential => Some("behind compressed layers they serve this one plan alone"),
             Some(Refine::Learned(_)) => Some("learned refinement needs the tokens themselves"),
+            _ if recipe.objective.as_ref().is_some_and(|objective| objective.output_weight != OutputWeight::None) => {
+                Some("objective.output_weight takes a backward pass over the tokens")
+            }
             Some(Refine::Descent(_)) | None => None,
         };
         found.extend(why.map(|why| source.problem("calibrate.keep_moments", why.to_owned(), Some("leave it out".into()))));
@@ -95,6 +98,10 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let message = "there are no tokens to weigh: the quantizer sees none".to_owned();
             found.push(source.problem("objective", message, Some("name [quantize.gptq], or leave objective out".into())));
+        }
+        if objective.output_weight != OutputWeight::None && recipe.refine.as_ref().is_none_or(|refine| refine.descent().is_none()) {
+            let message = "outputs make up for one another in a descent, and there is none".to_owned();
+            found.push(source.problem("objective.output_weight", message, Some("add [refine.descent]".into())));
         }
         match objective.power {
             Some(_) if objective.token_weight != TokenWeight::Affinity => {

@@ -5,13 +5,14 @@
 //! below. The rest is what the samples take; if that alone is too much, nothing is begun. Files that are mapped do not count: the
 //! system takes their pages back when it needs them.
 
-use calib::arch::{Mlp, Site, Spec};
+use calib::arch::{Attention, Mlp, Site, Spec};
 use calib::evaluate::{BATCH, LOGITS};
 use calib::forward::{self, Samples, layer_weights};
 use calib::stats::sites;
 use calib::{backward, pass};
 
 use crate::allocate::Cost;
+use crate::objective::OutputWeight;
 use crate::plan::experts;
 use crate::prune::Pruner;
 use crate::quantize::{Quantizer, Refine, learned};
@@ -36,6 +37,8 @@ const WRITING_DISK: &str = "calibrate (the model that writes; write fewer texts 
 const REDUCE: &str = "reduce (what experts say of the tokens that they are judged by; ask for fewer `tokens`)";
 /// Tokens whose candidates a fit of routers holds at once.
 const CANDIDATES: usize = 4096;
+/// The stage in which outputs count.
+const OUTPUTS: &str = "apply (objective.output_weight: 4 bytes for each pair of outputs of the model's matrices; leave it out)";
 
 /// How a run fits.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,6 +116,11 @@ fn peaks(recipe: &Recipe, spec: &Spec, samples: Samples, in_flight: usize) -> Ve
         if recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) {
             let solve = most(&|layer| forward::peak_bytes(spec, layer, samples, in_flight) + solver(spec, layer, in_flight));
             found.push(("apply", PROGRAM + solve.max(table + hidden)));
+            if recipe.objective.as_ref().is_some_and(|objective| objective.output_weight == OutputWeight::EndLoss) {
+                let layers = spec.layers.len() as u64;
+                let pass = layers * hidden + most(&|layer| backward::peak_bytes(spec, layer, samples, in_flight));
+                found.push((OUTPUTS, PROGRAM + outputs(spec) + pass.max(solve) + table + 3 * 4 * LOGITS as u64));
+            }
             if let Some(Refine::Learned(params)) = &recipe.refine {
                 let left = experts_left(recipe, spec);
                 let steps = Steps { spec: &left, samples, in_flight };
@@ -208,6 +216,25 @@ impl Steps<'_> {
     fn hidden(&self, count: usize) -> u64 {
         4 * (count * self.samples.tokens * self.spec.hidden) as u64
     }
+}
+
+/// Moments of the outputs of all matrices, `4·out²` bytes each.
+fn outputs(spec: &Spec) -> u64 {
+    let d = spec.hidden;
+    let attention: usize = match &spec.attention {
+        Attention::Grouped(a) => [a.heads * a.head_dim, a.kv_heads * a.head_dim, a.kv_heads * a.head_dim, d].iter().map(|n| n * n).sum(),
+        Attention::Latent(a) => {
+            let query = a.heads * (a.nope_dim + a.rope_dim);
+            let key_value = [a.kv_rank + a.rope_dim, a.heads * (a.nope_dim + a.value_dim)];
+            [a.q_rank.unwrap_or(0), query, key_value[0], key_value[1], d].iter().map(|n| n * n).sum()
+        }
+    };
+    let gated = |inner: usize| 2 * inner * inner + d * d;
+    let mlp = |mlp: &Mlp| match mlp {
+        Mlp::Dense { inner } => gated(*inner),
+        Mlp::Moe(moe) => moe.experts * gated(moe.inner) + moe.shared.as_ref().map_or(0, |shared| gated(shared.inner)),
+    };
+    spec.layers.iter().map(|layer| 4 * (attention + mlp(&layer.mlp)) as u64).sum()
 }
 
 /// What solving holds beside the forward pass: a moment with its factor (12 bytes a pair of inputs) and a matrix with what becomes of
@@ -332,6 +359,20 @@ mod tests {
         assert_eq!(sliced, 4 * 8 * d, "one router");
         assert!(reduced("[prune.exhaustive]\nkeep = 0.5\ntokens = 20000\n") > sliced + 4 * 20000 * 8 * d);
         assert!(reduced("[prune.reap]\nkeep = 0.5\n[repair.removal]\n") > sliced + 4 * 4 * rows * d);
+    }
+
+    #[test]
+    fn outputs_that_count_are_counted() {
+        let spec = spec();
+        let peak = |rest: &str| {
+            fit(&recipe(4, &format!("[quantize.gptq]\n[allocate]\nbits = 3\n[refine.descent]\n{rest}")), &spec, 1, u64::MAX).unwrap()
+        };
+        let (plain, both) = (peak(""), peak("[objective]\noutput_weight = \"end_loss\"\n"));
+        let experts: usize = (0..spec.layers.len())
+            .filter_map(|l| spec.moe(l))
+            .map(|m| m.experts * (2 * m.inner * m.inner + spec.hidden * spec.hidden))
+            .sum();
+        assert!(both.peak >= plain.peak + 4 * experts as u64 && both.stage == OUTPUTS, "{plain:?} {both:?}");
     }
 
     #[test]

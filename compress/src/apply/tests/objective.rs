@@ -5,10 +5,12 @@ use calib::sample::Samples;
 use ndarray::Array2;
 
 use super::*;
-use crate::objective::{Backwards, Objective, TokenWeight, TokenWeights};
+use crate::objective::{Backwards, Objective, OutputWeight, TokenWeight, TokenWeights};
+use crate::quantize::Refine;
+use crate::quantize::learned::{self, End};
 
 fn weighted(model: &Model, token_weight: TokenWeight, power: Option<u8>) -> Plan {
-    Plan { objective: Objective { token_weight, power }, ..gptq_plan(model) }
+    Plan { objective: Objective { token_weight, power, ..Objective::default() }, ..gptq_plan(model) }
 }
 
 fn drawn(model: &Model) -> Samples {
@@ -95,4 +97,28 @@ fn targets_of_the_text_are_weighed_as_a_plan_asks_for_them() {
     // Nothing comes behind the last token of a sample, and the text has no target for it.
     let last = samples.ids[0].len() - 1;
     assert!(text.gradient[last] == 0.0 && own.gradient[last] > 0.0, "{} {}", text.gradient[last], own.gradient[last]);
+}
+
+/// No step is taken: the held-out samples judge what the descent left.
+fn judged(model: &Model, output_weight: OutputWeight, threads: usize, dir: &Path) -> f64 {
+    let how = |_: &str, _: Role| Some(Quantize { bits: 3, grid: Grid::Half, ..four_bits() });
+    let end = End { steps: 0, ..End::default() };
+    let params = learned::Params { steps: 0, held_out: 5, end: Some(end), ..learned::Params::default() };
+    let objective = Objective { output_weight, ..Objective::default() };
+    let quantizer = Quantizer::Gptq(gptq::Params::default());
+    let plan = Plan { objective, refine: Some(Refine::Learned(params)), ..plan(model, quantizer, how) };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| solve(model, &plan, Some(&samples(model)), dir, Device::Cpu, &Quiet)).unwrap().end.unwrap().before
+}
+
+#[test]
+fn outputs_that_make_up_for_one_another_do_so_on_any_number_of_threads() {
+    for name in ["qwen3_moe", "deepseek_v2", "qwen2_moe"] {
+        let (model, dirs) = (fixture(name), [(); 3].map(|()| tempfile::tempdir().unwrap()));
+        let alone = judged(&model, OutputWeight::None, 2, dirs[0].path());
+        let both = judged(&model, OutputWeight::EndLoss, 2, dirs[1].path());
+        assert_eq!(judged(&model, OutputWeight::EndLoss, 1, dirs[2].path()), both, "{name}");
+        let ended = |dir: &Path| fs_err::read(dir.join("solved/ended/layer-00001.safetensors")).unwrap();
+        assert!(ended(dirs[1].path()) == ended(dirs[2].path()) && both != alone, "{name}");
+    }
 }

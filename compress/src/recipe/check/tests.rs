@@ -108,6 +108,7 @@ fn moments_are_kept_where_another_plan_can_use_them() {
     assert!(said("[quantize.rtn]", "").contains("the quantizer uses no second moments"));
     assert!(said("[quantize.gptq]", "[repair]\norder = \"sequential\"\n").contains("they serve this one plan alone"));
     assert!(said("[quantize.gptq]", "[refine.learned]\n").contains("needs the tokens themselves"));
+    assert!(said("[quantize.gptq]", "[refine.descent]\n[objective]\noutput_weight = \"end_loss\"\n").contains("takes a backward pass"));
 }
 
 #[test]
