@@ -78,19 +78,7 @@ fn check_methods(recipe: &Recipe, source: &Source) -> Vec<Problem> {
         found.extend(check_learned(params, recipe.calibrate.as_ref().map_or(0, |calibrate| calibrate.samples), source));
     }
     found.extend(check_repair(recipe, source));
-    if recipe.calibrate.as_ref().is_some_and(|calibrate| calibrate.keep_moments) {
-        let sequential = recipe.repair.as_ref().is_some_and(|repair| repair.order == Order::Sequential);
-        let why = match &recipe.refine {
-            _ if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) => Some("the quantizer uses no second moments"),
-            _ if sequential => Some("behind compressed layers they serve this one plan alone"),
-            Some(Refine::Learned(_)) => Some("learned refinement needs the tokens themselves"),
-            _ if recipe.objective.as_ref().is_some_and(|objective| objective.output_weight != OutputWeight::None) => {
-                Some("objective.output_weight takes a backward pass over the tokens")
-            }
-            Some(Refine::Descent(_)) | None => None,
-        };
-        found.extend(why.map(|why| source.problem("calibrate.keep_moments", why.to_owned(), Some("leave it out".into()))));
-    }
+    found.extend(check_moments(recipe, source));
     found.extend(fold::check_awq(recipe, source));
     found.extend(fold::check_rotate(recipe, source));
     found.extend(texts::check_through(recipe, source));
@@ -177,6 +165,24 @@ fn check_learned(params: &learned::Params, samples: usize, source: &Source) -> V
         }
     }
     found
+}
+
+/// Moments that are kept and that no other plan could use.
+fn check_moments(recipe: &Recipe, source: &Source) -> Option<Problem> {
+    if !recipe.calibrate.as_ref().is_some_and(|calibrate| calibrate.keep_moments) {
+        return None;
+    }
+    let sequential = recipe.repair.as_ref().is_some_and(|repair| repair.order == Order::Sequential);
+    let why = match &recipe.refine {
+        _ if !recipe.quantize.as_ref().is_some_and(Quantizer::needs_calibration) => Some("the quantizer uses no second moments"),
+        _ if sequential => Some("behind compressed layers they serve this one plan alone"),
+        Some(Refine::Learned(_)) => Some("learned refinement needs the tokens themselves"),
+        _ if recipe.objective.as_ref().is_some_and(|objective| objective.output_weight != OutputWeight::None) => {
+            Some("objective.output_weight takes a backward pass over the tokens")
+        }
+        Some(Refine::Descent(_)) | None => None,
+    };
+    why.map(|why| source.problem("calibrate.keep_moments", why.to_owned(), Some("leave it out".into())))
 }
 
 /// What repair asks for and cannot have.

@@ -128,7 +128,7 @@ fn layers_behind_dropped_experts_see_their_constants() {
         let dir = tempfile::tempdir().unwrap();
         means(&model, dir.path());
         let mut plan = by.map_or_else(|| gptq_plan(&model), |by| dropping(&model, gptq_plan(&model), by));
-        plan.repair = Repair { order, propagate: None, router_repair: None, removal: None, awq: None };
+        plan.repair = Repair { order, propagate: None, router_repair: None, removal: None, awq: None, rotate: None };
         solve(&model, &plan, Some(&samples(&model)), dir.path(), Device::Cpu, &Quiet).unwrap();
         let name = model.layout().name(Role::Layer(1, Part::Query)).unwrap();
         let Action::Quantize(how) = &plan.tensors[name] else { panic!() };
