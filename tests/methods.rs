@@ -134,8 +134,10 @@ fn a_rotated_model_is_compressed_and_what_cannot_be_is_refused() {
 #[test]
 fn outputs_that_make_up_for_one_another_bring_the_predictions_closer() {
     let place = Place::new();
-    let recipe = small_recipe("gptq").replace("[export.compressed_tensors]\n", "").replace("bits = 4\n", "bits = 3\ngrid = \"half\"\n");
-    let recipe = recipe.replace("samples = 8\ntokens = 64", "samples = 40\ntokens = 256").replace("max_tokens = 256", "max_tokens = 4096");
+    let recipe = small_recipe("gptq")
+        .replace("[export.compressed_tensors]\n", "")
+        .replace("bits = 4\n", "bits = 3\ngrid = \"half\"\nexclude = [\"*.up_proj\", \"*.gate_proj\"]\n");
+    let recipe = recipe.replace("samples = 8\ntokens = 64", "samples = 40\ntokens = 256").replace("max_tokens = 256", "max_tokens = 2048");
     place.write("r.toml", &recipe);
     let said = place.said(&["check", "r.toml", "--set", "objective.output_weight=\"end_loss\""]);
     assert!(said.contains("outputs make up for one another in a descent, and there is none"), "{said}");
@@ -146,5 +148,5 @@ fn outputs_that_make_up_for_one_another_bring_the_predictions_closer() {
         serde_json::from_str::<serde_json::Value>(&report).unwrap()["evaluation"]["all"]["kl"].as_f64().unwrap()
     };
     let (alone, both) = (kl("none"), kl("end_loss"));
-    assert!(both < 0.98 * alone && both > 0.0, "{alone} {both}");
+    assert!(both < 0.95 * alone && both > 0.0, "{alone} {both}");
 }
