@@ -29,6 +29,11 @@ pub enum Finish {
 }
 
 impl Demonstrations {
+    /// Whether a file of this name holds them: a `.jsonl`.
+    pub fn are_in(path: &Path) -> bool {
+        path.extension().is_some_and(|ending| ending == "jsonl")
+    }
+
     /// Reads a `.jsonl` file; empty lines are left out.
     ///
     /// # Errors

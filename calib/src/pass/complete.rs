@@ -53,7 +53,7 @@ struct File {
 pub fn complete(asked: &Complete<'_>, sources: &[Source], device: Device) -> Result<Vec<Source>> {
     let (mut files, mut all) = (Vec::new(), sources.to_vec());
     for (i, source) in all.iter_mut().enumerate() {
-        if source.path.extension().is_none_or(|ending| ending != "jsonl") {
+        if !Demonstrations::are_in(&source.path) {
             continue;
         }
         let mut lines = Demonstrations::read(&source.path)?;

@@ -55,7 +55,7 @@ use crate::quantize::{Quantizer, Refine, hqq};
 use crate::repair::Order;
 use crate::solved::{By, Judged, LayerFile, Refit, Report, Solved};
 use crate::{Error, Result};
-use moments::{Keep, Moments, Write as WriteMoments};
+use moments::{Keep, Write as WriteMoments};
 use work::Job;
 
 /// What solving a model came to.
@@ -109,25 +109,30 @@ pub fn solve(
     let rest = &layers[resumed..];
     let keep = Keep::new(dir, plan)?;
     let refits = plan.tensors.values().any(|action| *action == Action::Refit);
-    let weights = || TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default(), &plan.end_loss);
-    if let Some(kept) = keep.as_ref().map(|keep| keep.all(plan, rest, resumed)).transpose()?.flatten() {
-        tracing::info!("second moments that an earlier plan kept: no forward pass");
-        solve_kept(&Kept { model, plan, layers: &layers, solved: &solved, weights: weights() }, kept, progress)?;
-    } else if refits || rest.iter().flatten().any(|job| job.needs_tokens(plan)) {
+    let weights = TokenWeights::new(dir, &plan.model, plan.corpus.as_deref().unwrap_or_default(), &plan.end_loss);
+    let kept = keep.as_ref().map(|keep| keep.all(plan, rest, resumed)).transpose()?.flatten();
+    if kept.is_none() && (refits || rest.iter().flatten().any(|job| job.needs_tokens(plan))) {
         let ids = samples.ok_or(Error::NoSamples)?;
         // A snapshot is only as good as the layers before it.
         if snapshots.next_layer()?.is_some_and(|next| next > resumed) {
             snapshots.remove()?;
         }
         let stream = Stream { weights: model, ids, snapshots: Some(&snapshots), progress };
-        let outputs = output_moments(model, plan, &layers, ids, device, progress)?;
-        let (weights, keep) = (weights(), keep.as_ref());
+        let (keep, outputs) = (keep.as_ref(), output_moments(model, plan, &layers, ids, device, progress)?);
         device.run(Run { stream, model, plan, layers: &layers, solved: &solved, dropped: &dropped, weights, keep, outputs })?;
     } else {
+        if kept.is_some() {
+            tracing::info!("second moments that an earlier plan kept: no forward pass");
+        }
         progress.start("layers", rest.len() as u64);
         for (layer, jobs) in layers.iter().enumerate().skip(resumed) {
             let file = solved.create(layer, &declared(jobs), None)?;
             round(model, plan, jobs, &file)?;
+            if let Some(moments) = kept.as_ref().and_then(|kept| kept.get(layer - resumed))
+                && let Some(solver) = tokens::Solver::new(model, plan, (layer, jobs), &file, &weights)?
+            {
+                solver.solve_kept(moments, Options::of::<Cpu>().in_flight)?;
+            }
             file.finish()?;
             progress.tick(1);
         }
@@ -140,32 +145,6 @@ pub fn solve(
         device.run(end::Ending { model, plan, layers: &layers, solved: &solved, ids, params: (params, end), progress })?;
     }
     outcome(model, plan, &solved, (&layers, resumed))
-}
-
-/// What is solved against moments that an earlier plan has kept.
-struct Kept<'a> {
-    model: &'a Model,
-    plan: &'a Plan,
-    layers: &'a [Vec<Job<'a>>],
-    solved: &'a Solved,
-    weights: TokenWeights,
-}
-
-/// Solves the last layers, one for each of `moments`.
-fn solve_kept(what: &Kept<'_>, moments: Vec<Moments>, progress: &dyn Progress) -> Result<()> {
-    let Kept { model, plan, layers, solved, weights } = what;
-    progress.start("layers", moments.len() as u64);
-    for ((layer, jobs), moments) in layers.iter().enumerate().skip(layers.len() - moments.len()).zip(moments) {
-        let file = solved.create(layer, &declared(jobs), None)?;
-        round(model, plan, jobs, &file)?;
-        if let Some(solver) = tokens::Solver::new(model, plan, (layer, jobs), &file, weights)? {
-            solver.solve_kept(&moments, Options::of::<Cpu>().in_flight)?;
-        }
-        file.finish()?;
-        progress.tick(1);
-    }
-    progress.finish();
-    Ok(())
 }
 
 /// Second moments of the gradients at the outputs of the matrices that are solved, where the objective lets them count.

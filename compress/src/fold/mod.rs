@@ -24,6 +24,7 @@ use calib::checkpoint::{Derived, hash_bytes};
 use calib::progress::Progress;
 use calib::stats::Store;
 use calib::{Model, Weights};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::allocate::Allocate;
@@ -142,22 +143,27 @@ pub fn run(request: &Request<'_>) -> Result<Account> {
     Ok(account)
 }
 
+/// What `path` says was done to this model, `of` giving the fingerprint in it; and the file's hash.
+fn account<T: DeserializeOwned>(model: &Model, path: PathBuf, of: impl Fn(&T) -> &str) -> Result<(T, String)> {
+    let text = fs_err::read(&path)?;
+    let account: T = serde_json::from_slice(&text).map_err(|source| Error::Json { path, source })?;
+    let (planned, found) = (of(&account), model.checkpoint().fingerprint());
+    if planned != found {
+        return Err(Error::OtherModel { planned: planned.to_owned(), found: found.to_owned() });
+    }
+    Ok((account, hash_bytes(&text)))
+}
+
 /// The model with the scales that [`run`] left in `dir`, on top of the original.
 ///
 /// # Errors
 ///
 /// An IO error; [`Error::OtherModel`]; as [`Model::from_checkpoint`].
 pub fn open(model: &Model, dir: &Path) -> Result<Model> {
-    let path = dir.join("awq.json");
-    let text = fs_err::read(&path)?;
-    let account: Account = serde_json::from_slice(&text).map_err(|source| Error::Json { path, source })?;
-    let found = model.checkpoint().fingerprint();
-    if account.model != found {
-        return Err(Error::OtherModel { planned: account.model, found: found.to_owned() });
-    }
+    let (_, key) = account(model, dir.join("awq.json"), |account: &Account| &account.model)?;
     let changed: Vec<PathBuf> = (0..model.spec().layers.len()).map(|layer| layer_path(dir, layer)).filter(|path| path.is_file()).collect();
     let renamed = model.layout().tensors().iter().map(|tensor| (tensor.name.clone(), tensor.name.clone())).collect();
     let config = model.checkpoint().config_text().to_owned();
-    let derived = Derived { config, renamed, changed: &changed, key: &hash_bytes(&text) };
+    let derived = Derived { config, renamed, changed: &changed, key: &key };
     Ok(Model::from_checkpoint(model.checkpoint().derive(&derived)?)?)
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use calib::arch::{NormKind, Part, Projection, Role, Spec};
-use calib::checkpoint::{Derived, hash_bytes};
+use calib::checkpoint::Derived;
 use calib::progress::Progress;
 use calib::tensor;
 use calib::{Model, Weights};
@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::write::stored;
-use super::{folder, layer_path};
+use super::{account, folder, layer_path};
 use crate::export::config;
 use crate::mtp;
 use crate::plan::{Shape, Tensor};
@@ -127,13 +127,7 @@ pub fn run(model: &Model, params: &Params, dir: &Path, progress: &dyn Progress) 
 ///
 /// An IO error; [`Error::OtherModel`]; as [`Model::from_checkpoint`].
 pub fn open(model: &Model, dir: &Path) -> Result<Model> {
-    let path = dir.join("rotated.json");
-    let text = fs_err::read(&path)?;
-    let rotated: Rotated = serde_json::from_slice(&text).map_err(|source| Error::Json { path, source })?;
-    let found = model.checkpoint().fingerprint();
-    if rotated.model != found {
-        return Err(Error::OtherModel { planned: rotated.model, found: found.to_owned() });
-    }
+    let (rotated, key) = account(model, dir.join("rotated.json"), |rotated: &Rotated| &rotated.model)?;
     let changed: Vec<PathBuf> = (0..=model.spec().layers.len()).map(|layer| layer_path(dir, layer)).collect();
     let dropped = rotated.params.mtp.is_some();
     let mut config = model.checkpoint().config_text().to_owned();
@@ -145,7 +139,7 @@ pub fn open(model: &Model, dir: &Path) -> Result<Model> {
     }
     let tensors = model.layout().tensors().iter().filter(|tensor| !(dropped && tensor.role == Role::Mtp));
     let renamed = tensors.map(|tensor| (tensor.name.clone(), tensor.name.clone())).collect();
-    let derived = Derived { config, renamed, changed: &changed, key: &hash_bytes(&text) };
+    let derived = Derived { config, renamed, changed: &changed, key: &key };
     Ok(Model::from_checkpoint(model.checkpoint().derive(&derived)?)?)
 }
 

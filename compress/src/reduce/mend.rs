@@ -14,7 +14,7 @@ use crate::plan::{Fate, Repaired};
 use crate::repair::{down, removal};
 
 /// Tokens whose candidates are held at once.
-const CHUNK: usize = 4096;
+pub const CHUNK: usize = 4096;
 
 impl Pass<'_> {
     /// Fits the router and a factor an expert, and then the down projections, each if asked, and puts them into `own`. `held` says

@@ -28,6 +28,7 @@ use calib::progress::Progress;
 use calib::sample::Samples;
 use calib::stats::Store;
 
+pub use mend::CHUNK as CANDIDATES;
 pub use weights::{Own, Owned};
 
 use crate::export::config;

@@ -132,7 +132,7 @@ fn writing(model: &Model, calibrate: &Calibrate, flops: f64) -> Result<f64> {
     let Some(([sequences, _], _)) = calibrate.writing() else { return Ok(0.0) };
     let (at_once, texts, tokens) = match (&calibrate.sampler, &calibrate.generate) {
         (_, Some(generate)) => {
-            let open = calibrate.corpus.iter().filter(|source| source.path.extension().is_some_and(|ending| ending == "jsonl"));
+            let open = calibrate.corpus.iter().filter(|source| Demonstrations::are_in(&source.path));
             let open: Vec<usize> = open.map(|source| Ok(Demonstrations::read(&source.path)?.unfinished().len())).collect::<Result<_>>()?;
             (generate.at_once, open.into_iter().sum(), generate.tokens)
         }

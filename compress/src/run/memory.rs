@@ -18,7 +18,7 @@ use crate::prune::Pruner;
 use crate::quantize::{Quantizer, Refine, learned};
 use crate::recipe::Recipe;
 use crate::report::memory;
-use crate::{Error, Result, blend};
+use crate::{Error, Result, blend, reduce};
 
 /// The program itself: code that is written to, thread stacks, tokenizer, texts.
 const PROGRAM: u64 = 128 << 20;
@@ -35,8 +35,6 @@ const LEARNED_END: &str = "apply (refine.learned.end: 29 bytes for each weight o
 const WRITING: &str = "calibrate (the model that writes, whole in f32; let its experts stay on disk: experts = \"disk\")";
 const WRITING_DISK: &str = "calibrate (the model that writes; write fewer texts at_once)";
 const REDUCE: &str = "reduce (what experts say of the tokens that they are judged by; ask for fewer `tokens`)";
-/// Tokens whose candidates a fit of routers holds at once.
-const CANDIDATES: usize = 4096;
 /// The stage in which outputs count.
 const OUTPUTS: &str = "apply (objective.output_weight: 4 bytes for each pair of outputs of the model's matrices; leave it out)";
 
@@ -155,7 +153,7 @@ fn reduction(recipe: &Recipe, spec: &Spec, layer: usize, samples: Samples) -> u6
     let said = moe.experts * d * searched.max(merged) + 2 * moe.experts * moe.experts * searched;
     let fitted = repair.map_or(0, |params| {
         let (tokens, k) = (params.tokens.min(rows), 2 * moe.top_k + 2);
-        let routers = if params.steps == 0 { 0 } else { CANDIDATES.min(tokens) * k * d + tokens * k * (k + 2) };
+        let routers = if params.steps == 0 { 0 } else { reduce::CANDIDATES.min(tokens) * k * d + tokens * k * (k + 2) };
         let down = if params.down.rounds == 0 { 0 } else { tokens * moe.top_k * (moe.inner + d) };
         // The stream of the reduced layers, and a copy that a layer is tried on.
         2 * rows * d + 2 * tokens * d + routers.max(down)

@@ -117,8 +117,7 @@ fn found_of_generate(calibrate: &Calibrate, add: &mut impl FnMut(&str, String)) 
 
 /// The lines of a text that is a `.jsonl` file; none of another kind of text, `None` where there is no such file.
 fn lines(path: &Path) -> Option<calib::Result<Demonstrations>> {
-    let demonstrations = path.extension().is_some_and(|ending| ending == "jsonl");
-    path.is_file().then(|| if demonstrations { Demonstrations::read(path) } else { Ok(Demonstrations::default()) })
+    path.is_file().then(|| if Demonstrations::are_in(path) { Demonstrations::read(path) } else { Ok(Demonstrations::default()) })
 }
 
 /// The first line that is no document, or that nothing follows.
